@@ -1,0 +1,367 @@
+"""DMDX: adversarial distillation pre-training (ADP), then Adversarial Distribution Matching (ADM, Algorithm 1).
+
+    python adm.py --out out/adm     # a 2-D teacher distilled to one step, four ways: picture, table, result.json (under 90 s)
+
+From arXiv 2507.18569: `adp` and `adm` are the two stages, each one loop that yields once per generator step and knows
+nothing of logging, checkpoints or processes. The letters of the paper:
+
+    F_phi  real_score   frozen teacher              G_theta  generator    the student
+    f_psi  fake_score   follows the student         D_tau    taps, heads  frozen teacher, trained heads
+
+Wherever a generator learns, the backward pass is cut in two at its clean prediction: first dL/dx0_hat, through whatever
+judges it, then one backward through G. The cut is exact. It keeps gradients out of every judge, leaves no weight
+gradient computed in vain, and makes ADM and DMD the same loop with another dL/dx0_hat.
+"""
+import argparse
+import json
+import time
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from discriminators import Heads, hinge
+from ode import Mixture, Schedule, predict, sample
+
+
+class Draws:
+    """All random numbers of one iteration for some samples of the global batch, from (seed, iteration, sample) alone:
+    a resumed run, or one on another number of ranks, draws the same.
+
+    seed: a tuple of integers, such as (seed, stage). samples: indices into the global batch. shape: of one latent. block: latents drawn per index (> 1 where one generator
+    for each would be slow and nobody shards, as in two dimensions).
+    """
+
+    def __init__(self, seed, iteration, samples, shape, device="cpu", block=1):
+        stream = lambda *key: torch.Generator().manual_seed(int(np.random.SeedSequence((*seed, iteration, *key)).generate_state(1, np.uint64)[0] >> 1))
+        self.each, self.common = [stream(0, s) for s in samples], stream(1)
+        self.shape, self.device, self.block = tuple(shape), device, block
+
+    def normal(self):
+        """N(0, I), [B,*shape]."""
+        return torch.cat([torch.randn(self.block, *self.shape, generator=g) for g in self.each]).to(self.device, non_blocking=True)
+
+    def uniform(self, low=0.0, high=1.0):
+        """U[low, high), [B]."""
+        return torch.cat([torch.rand(self.block, generator=g) for g in self.each]).to(self.device, non_blocking=True) * (high - low) + low
+
+    def rows(self, low, high):
+        """Rows of a schedule, uniform over low..high with both ends, LongTensor [B]."""
+        return torch.cat([torch.randint(low, high + 1, (self.block,), generator=g) for g in self.each]).to(self.device, non_blocking=True)
+
+    def index(self, low, high):
+        """One integer in low..high, the same on every rank: ranks that share weights must run the same number of passes."""
+        return torch.randint(low, high + 1, (), generator=self.common).item()
+
+
+@contextmanager
+def frozen(net):
+    """Inside, a graph through `net` is built without its weights: gradients pass to its input, none collect in it."""
+    trained = [p for p in net.parameters() if p.requires_grad]
+    for p in trained:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
+
+
+def score_loss(net, schedule, x0, eps, i, cond):
+    """The teacher's pre-training loss: squared error to the noise of an eps network (Eq. 2), to the velocity of a v or flow
+    network (Eq. 3). x0, eps [B,...], i LongTensor [B]; no guidance, no prompt dropout."""
+    out = net(schedule.noise(x0, eps, i), timestep=schedule.timestep.to(x0.device)[i], **cond, return_dict=False)[0]
+    return F.mse_loss(out.float(), schedule.target(x0, eps, i).float())
+
+
+def dmd_gradient(x0_hat, x0_fake, x0_real):
+    """Reverse-KL gradient of DMD in x0_hat [B,...], normalised per sample (arXiv 2311.18828, Eq. 7, 8)."""
+    scale = (x0_hat - x0_real).abs().flatten(1).mean(1).clamp(min=1e-8)           # [B]
+    return (x0_fake - x0_real) / scale.view(-1, *[1] * (x0_hat.dim() - 1))
+
+
+def adp(generator, taps, heads, pixel_taps, pixel_heads, decode, optimizers, schedule, line, batches, iterations, start=0,
+        weights=(0.85, 0.15)):
+    """Adversarial distillation pre-training on the teacher's ODE pairs, a generator of losses.
+
+    taps, heads: the latent discriminator D_1. pixel_taps, pixel_heads: D_2, which sees decode(x0). weights: (lambda_1,
+    lambda_2). optimizers: of generator, heads, pixel_heads. schedule: the teacher's. line: the straight schedule whose
+    velocity the generator learns. batches(iteration): list of micro-batches (draws, x_0, x_T, cond) whose gradients add up.
+    Yields dict(iteration, generator, discriminator, pixel_discriminator) of detached scalars.
+    """
+    generator_opt, heads_opt, pixel_opt = optimizers
+    for iteration in range(start + 1, iterations + 1):
+        batch = batches(iteration)
+        for draws, x_0, x_T, cond in batch:
+            # generator: one jump from a point of the line, mostly near pure noise, t = [1 - u^3] T
+            t = ((1 - draws.uniform() ** 3) * line.T).ceil().long().clamp(min=1)  # [B]
+            x0_tilde, _ = predict(generator, line, line.noise(x_0, x_T, t), t, cond)
+            x0 = x0_tilde.detach().requires_grad_()
+
+            # D_1 looks at latents noised again to t' ~ U(0, T), D_2 at images: the features serve both updates
+            noise, t1 = draws.normal(), draws.rows(1, schedule.T)
+            look = lambda x: taps(schedule.noise(x, noise, t1), timestep=schedule.timestep.to(x.device)[t1], **cond)
+            fake, fake_pixel = look(x0), pixel_taps(decode(x0))
+            with torch.no_grad():
+                real, real_pixel = look(x_0), pixel_taps(decode(x_0))
+
+            generator_loss = -(weights[0] * heads(fake).mean() + weights[1] * pixel_heads(fake_pixel).mean())
+            gradient, = torch.autograd.grad(generator_loss, x0)
+            x0_tilde.backward(gradient / len(batch))
+
+            # both discriminators: hinge on detached features
+            latent_loss = hinge(heads([f.detach() for f in fake]), heads(real))
+            pixel_loss = hinge(pixel_heads([f.detach() for f in fake_pixel]), pixel_heads(real_pixel))
+            ((weights[0] * latent_loss + weights[1] * pixel_loss) / len(batch)).backward()
+        for opt in (generator_opt, heads_opt, pixel_opt):
+            opt.step(), opt.zero_grad()
+        yield dict(iteration=iteration, generator=generator_loss.detach(), discriminator=latent_loss.detach(),
+                   pixel_discriminator=pixel_loss.detach())
+
+
+def reflow(generator, optimizer, line, batches, iterations, start=0):
+    """Ablation A1, one round of rectified flow: the pairs of ADP, its times, and a squared error in place of adversaries."""
+    for iteration in range(start + 1, iterations + 1):
+        batch = batches(iteration)
+        for draws, x_0, x_T, cond in batch:
+            t = ((1 - draws.uniform() ** 3) * line.T).ceil().long().clamp(min=1)
+            loss = score_loss(generator, line, x_0, x_T, t, cond)
+            (loss / len(batch)).backward()
+        optimizer.step(), optimizer.zero_grad()
+        yield dict(iteration=iteration, generator=loss.detach())
+
+
+def adm(generator, fake_score, real_score, taps, heads, optimizers, schedule, student_schedule, rows, guidance, batches, iterations,
+        start=(0, 0), ttur=1, dt=None, loss="adm"):
+    """Algorithm 1 (numbers on the right are its lines), a generator of losses: one yield per generator step.
+
+    optimizers: of generator, fake_score, heads. schedule: the scores'; student_schedule: the generator's, which differs after
+    ADP. rows: the generator's t_N > ... > t_0 = 0. guidance: range of the real score's CFG weight, drawn per sample.
+    batches(global_iter): list of micro-batches (draws, cond, uncond) whose gradients add up. dt: T/64 unless given, in rows.
+    start: (genIter, globalIter) to go on from. loss: 'adm', or 'dmd' for the baseline, which has no discriminator.
+    Yields dict(iteration, global_iter, fake, generator, discriminator, dmd); `dmd` is the DMD loss, in ADM only recorded.
+    """
+    generator_opt, fake_opt, heads_opt = optimizers
+    N, dt = len(rows) - 1, dt or round(schedule.T / 64)
+    gen_iter, global_iter = start
+    while gen_iter < iterations:                                                                              # 4
+        global_iter += 1                                                                                      # 5
+        batch = batches(global_iter)
+
+        # update fake score estimator f_psi                                                                     7
+        for draws, cond, _ in batch:
+            z = draws.normal()                                                                                # 8
+            with torch.no_grad():
+                x_0 = sample(generator, student_schedule, z, rows, cond)                                      # 9
+            z_f, t_f = draws.normal(), draws.rows(1, schedule.T)                                              # 10
+            fake_loss = score_loss(fake_score, schedule, x_0, z_f, t_f, cond)                                 # 11
+            (fake_loss / len(batch)).backward()
+        fake_opt.step(), fake_opt.zero_grad()
+        if global_iter % ttur:                                                                                # 12
+            continue
+
+        for draws, cond, uncond in batch:
+            # update generator G_theta                                                                          14
+            z, n = draws.normal(), draws.index(1, N)                                                          # 15
+            with torch.no_grad():
+                x_tn = sample(generator, student_schedule, z, rows[:N - n + 1], cond)                         # 16
+            x0_hat, _ = predict(generator, student_schedule, x_tn, rows[N - n], cond)                         # 17
+            z_g, t = draws.normal(), draws.rows(dt, schedule.T)                                               # 18
+            x0 = x0_hat.detach().requires_grad_()                               # here the backward pass is cut
+            x_t = schedule.noise(x0, z_g, t)                                                                  # 19
+            with frozen(fake_score), torch.set_grad_enabled(loss == "adm"):
+                x0_fake, eps_fake = predict(fake_score, schedule, x_t, t, cond)
+                x_fake = schedule.noise(x0_fake, eps_fake, t - dt)                                            # 20
+            with torch.no_grad():
+                w = draws.uniform(*guidance)
+                x0_real, eps_real = predict(real_score, schedule, x_t, t, cond, uncond, w)
+                x_real = schedule.noise(x0_real, eps_real, t - dt)                                            # 21
+                gradient = dmd = dmd_gradient(x0, x0_fake, x0_real)
+            losses = dict(fake=fake_loss.detach(), dmd=0.5 * dmd.square().mean())
+            if loss == "adm":
+                look = lambda x: taps(x, timestep=schedule.timestep.to(x.device)[t - dt], **cond)
+                fake = look(x_fake)
+                generator_loss = -heads(fake).mean()                                                          # Eq. 7
+                gradient, = torch.autograd.grad(generator_loss, x0)
+                losses["generator"] = generator_loss.detach()
+            else:
+                gradient = gradient / gradient[0].numel() / len(gradient)       # of 0.5 || x0_hat - sg(x0_hat - g) ||^2, a mean
+            x0_hat.backward(gradient / len(batch))                                                            # 22
+
+            # update discriminator D_tau                                                                        25
+            if loss == "adm":
+                with torch.no_grad():
+                    real = look(x_real)
+                heads_loss = hinge(heads([f.detach() for f in fake]), heads(real))                            # Eq. 8
+                (heads_loss / len(batch)).backward()                                                          # 26
+                losses["discriminator"] = heads_loss.detach()
+        generator_opt.step(), generator_opt.zero_grad()                                                       # 22
+        gen_iter += 1                                                                                         # 23
+        if loss == "adm":
+            heads_opt.step(), heads_opt.zero_grad()                                                           # 26
+        yield dict(iteration=gen_iter, global_iter=global_iter, **losses)
+
+
+# ------------------------------------------------------------------------------------------------- demo, two dimensions
+
+class Net(nn.Module):
+    """A residual MLP called as diffusers calls its networks."""
+
+    def __init__(self, width=128, layers=3):
+        super().__init__()
+        self.input = nn.Linear(2 + 32, width)
+        self.blocks = nn.ModuleList([nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+                                     for _ in range(layers)])
+        self.output = nn.Linear(width, 2)
+
+    def forward(self, x, timestep, return_dict=False, features=None):
+        angle = timestep[:, None] / 1000 * torch.pi * 2 ** torch.linspace(-2, 4, 16)              # [B,16]
+        h = self.input(torch.cat([x, angle.sin(), angle.cos()], 1))                               # [B,width]
+        for block in self.blocks:
+            h = h + block(h)
+            if features is not None:
+                features.append(h)
+        return (self.output(h),)
+
+
+class NetTaps(nn.Module):
+    """What discriminators.Taps is to real backbones."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, timestep):
+        maps = []
+        self.net(x, timestep, features=maps)
+        return maps
+
+
+class Fourier(nn.Module):
+    """In the place of the vision encoder: fixed random waves of the point itself, [B,2] -> one map [B,width]."""
+
+    def __init__(self, width=128):
+        super().__init__()
+        self.register_buffer("waves", torch.randn(2, width // 2))
+
+    def forward(self, x):
+        return [torch.cat([(x @ self.waves).sin(), (x @ self.waves).cos()], 1)]
+
+
+def mlp_heads(count, width=128, hidden=64):
+    return Heads([nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
+                                nn.Linear(hidden, 1)) for _ in range(count)])
+
+
+def tv_and_precision(x, data, reference):
+    """(total variation between 24x24 histograms over [-3,3]^2, fraction within 3 std of a mode, modes with a tenth of their share)."""
+    histogram = lambda x: np.histogram2d(*x.numpy().T, bins=24, range=[[-3, 3]] * 2)[0] / len(x)
+    distance, mode = torch.cdist(x, data.means).min(1)
+    near = distance < 3 * data.std
+    share = torch.bincount(mode[near], minlength=len(data.means)) / len(x)
+    return dict(tv=float(0.5 * np.abs(histogram(x) - histogram(reference)).sum()), precision=near.float().mean().item(),
+                modes=int((share > 0.1 / len(data.means)).sum()))
+
+
+def demo(data, seed, scale=1.0, batch=1024, progress=print):
+    """Train a teacher on `data`, then four one-step students. Returns name -> samples [50000,2]. `scale` multiplies all iterations."""
+    torch.manual_seed(seed)
+    teacher_schedule, line, count = Schedule.straight(), Schedule.straight(), lambda n: max(1, int(n * scale))
+    draws = lambda stage, i: Draws((seed, stage), i, [0], (2,), block=batch)
+    adam = lambda net, lr: torch.optim.AdamW(net.parameters(), lr, betas=(0.0, 0.99), weight_decay=0.0)
+    one_step, test = [line.T, 0], torch.randn(50_000, 2)
+    samples = {}
+
+    def student(net, steps):
+        """Run a stage to its end and keep the average of the generator's weights: an adversary's pupil never sits still."""
+        average = deepcopy(net).requires_grad_(False)
+        for losses in steps:
+            torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 0.01)
+        return average
+
+    @torch.no_grad()
+    def keep(name, net, rows):
+        samples[name] = sample(net, line, test, rows, {})
+        progress(name, samples[name])
+
+    teacher = Net()
+    opt = torch.optim.AdamW(teacher.parameters(), 2e-3, weight_decay=0.0)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(opt, count(4000))
+    for i in range(count(4000)):
+        noise = draws(0, i)
+        score_loss(teacher, teacher_schedule, data.sample(batch), noise.normal(), noise.rows(1, line.T), {}).backward()
+        opt.step(), opt.zero_grad(), decay.step()
+    teacher.requires_grad_(False)
+    keep("teacher", teacher, line.rows(50))
+
+    x_T = torch.randn(20_000, 2)
+    with torch.no_grad():
+        x_0 = sample(teacher, teacher_schedule, x_T, line.rows(50), {}, order=2)
+
+    def pairs(i):
+        noise = draws(1, i)
+        pick = (noise.uniform() * len(x_T)).long()
+        return [(noise, x_0[pick], x_T[pick], {})]
+
+    a1 = deepcopy(teacher).requires_grad_(True)
+    keep("a1", student(a1, reflow(a1, adam(a1, 1e-3), line, pairs, count(1500))), one_step)
+
+    pretrained, heads, pixel, pixel_heads = deepcopy(teacher).requires_grad_(True), mlp_heads(3), Fourier(), mlp_heads(1)
+    pretrained = student(pretrained, adp(
+        pretrained, NetTaps(teacher), heads, pixel, pixel_heads, lambda x: x,
+        (adam(pretrained, 3e-4), adam(heads, 3e-3), adam(pixel_heads, 3e-3)), teacher_schedule, line, pairs, count(1500)))
+    keep("adp", pretrained, one_step)
+
+    for name, loss, lr, n in (("dmdx", "adm", 5e-5, 1500), ("dmd", "dmd", 1e-4, 1500)):
+        net, fake, heads = deepcopy(pretrained).requires_grad_(True), deepcopy(teacher).requires_grad_(True), mlp_heads(3)
+        keep(name, student(net, adm(
+            net, fake, teacher, NetTaps(teacher), heads, (adam(net, lr), adam(fake, 1e-3), adam(heads, 3e-3)), teacher_schedule, line,
+            one_step, (1.0, 1.0), lambda i: [(draws(2, i), {}, {})], count(n), loss=loss)), one_step)
+    return samples
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=["ring", "grid"], default="ring", help="eight Gaussians on a circle, or twenty-five on a grid")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="out/adm", help="folder for the picture and result.json")
+    parser.add_argument("--iterations", type=int, default=1500, help="generator steps of each stage")
+    args = parser.parse_args()
+    if args.iterations < 1:
+        parser.error(f"--iterations {args.iterations}: must be above 0")
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    began, out = time.time(), Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    data = getattr(Mixture, args.data)()
+    reference = data.sample(50_000, torch.Generator().manual_seed(args.seed))
+    labels = dict(data="data", teacher="teacher, 50 steps", a1="A1: squared error, 1 step", adp="ADP, 1 step", dmdx="DMDX (ADP, ADM), 1 step",
+                  dmd="ADP, DMD, 1 step")
+    result = {}
+
+    def progress(name, x):
+        result[name] = tv_and_precision(x, data, reference)
+        print(f"{labels[name]:28s}{result[name]['tv']:8.3f}{result[name]['precision']:11.3f}{result[name]['modes']:7d}{time.time() - began:9.0f}", flush=True)
+
+    print(f"{'':28s}{'tv':>8s}{'precision':>11s}{'modes':>7s}{'seconds':>9s}")
+    progress("data", data.sample(50_000, torch.Generator().manual_seed(args.seed + 1)))
+    samples = dict(data=reference, **demo(data, args.seed, args.iterations / 1500, progress=progress))
+    figure, axes = plt.subplots(1, 6, figsize=(16, 3.1), layout="constrained")
+    for (name, x), ax in zip(samples.items(), axes):
+        ax.plot(*x[:6000].T, ",", color="k" if name == "data" else "C0")
+        ax.set(xlim=(-3, 3), ylim=(-3, 3), xticks=[], yticks=[], aspect="equal", title=f"{labels[name]}\ntv {result[name]['tv']:.2f}")
+        ax.title.set_fontsize(9)
+    figure.savefig(out / "adm.png", dpi=110)
+    del result["data"]
+    (out / "result.json").write_text(json.dumps(dict(modes=len(data.means), seconds=time.time() - began, **result), indent=1))
+    print(f"wrote {out}/adm.png and {out}/result.json")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,361 @@
+"""What every training script needs around the algorithm, so that no method file needs it: one-line errors, the output
+directory, processes, optimizers, checkpoints, logs and pictures."""
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+
+class Failure(Exception):
+    """Something a user can mend, said in one line that names the file, flag or value and the cure."""
+
+
+def usage(problems):
+    """Bad usage: everything that is wrong, on one line, exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: error: " + "; ".join(problems), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def run(main):
+    """Call main; a Failure or a full disk ends in one line and exit code 1 instead of a traceback."""
+    try:
+        main()
+    except Failure as e:
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {e}")
+    except KeyboardInterrupt:
+        raise SystemExit(f"{Path(sys.argv[0]).name}: stopped at once; checkpoints already written are whole")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def read_prompts(path):
+    """One prompt a line -> list of strings. Raises Failure, with the line, for what is not such a file."""
+    try:
+        lines = Path(path).read_bytes().decode("utf-8-sig").splitlines()
+    except OSError as e:
+        raise Failure(f"--prompts {path}: {e.strerror}; give a text file with one prompt a line")
+    except UnicodeDecodeError as e:
+        raise Failure(f"--prompts {path}: line {e.object[:e.start].count(10) + 1} is not UTF-8; save the file as UTF-8")
+    blank = [i for i, line in enumerate(lines, 1) if not line.strip()]
+    if blank:
+        raise Failure(f"--prompts {path}: line {blank[0]} is blank; take blank lines out ({len(blank)} in all)")
+    if not lines:
+        raise Failure(f"--prompts {path}: the file is empty; write one prompt a line")
+    return [line.strip() for line in lines]
+
+
+# ------------------------------------------------------------------------------------------------------------ processes
+
+def world():
+    """(rank, world size); (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def start():
+    """Join torchrun's process group if there is one -> this process's device. Libraries speak only of errors from here on."""
+    import diffusers
+    import transformers
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    cuda = torch.cuda.is_available()
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    if not cuda:
+        return torch.device("cpu")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def goodbye(out):
+    print(f"stopped; everything is in {out.path}; go on with --resume auto")
+
+
+class StopSignal:
+    """Ctrl-C or SIGTERM asks for a stop after the iteration; a second one ends at once."""
+
+    def __init__(self):
+        self.asked = False
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, self.ask)
+
+    def ask(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nstopping after this iteration; once more to stop at once", file=sys.stderr)
+
+    def __bool__(self):
+        if dist.is_initialized():
+            flag = torch.tensor(float(self.asked))
+            dist.all_reduce(flag.cuda() if dist.get_backend() == "nccl" else flag, op=dist.ReduceOp.MAX)
+            self.asked = bool(flag)
+        return self.asked
+
+
+def autocast(net, device, enabled):
+    """bf16 arithmetic in net's forward (weights keep their type); how accelerate does it too."""
+    if enabled:
+        net.forward = torch.autocast(device.type, torch.bfloat16)(net.forward)
+    return net
+
+
+class Adam:
+    """The paper's optimizer as the loops use it, step and zero_grad: AdamW without weight decay, betas (0.0, 0.99) (B.5).
+    A step averages the gradients over the ranks, clips their norm, and refuses what is not finite, on every rank alike."""
+
+    def __init__(self, name, params, lr, clip, betas=(0.0, 0.99)):
+        self.name, self.params, self.clip = name, [p for p in params if p.requires_grad], clip
+        self.adam = torch.optim.AdamW(self.params, lr, betas=betas, weight_decay=0.0, fused=self.params[0].is_cuda)
+
+    def step(self):
+        if dist.is_initialized():
+            for p in self.params:
+                dist.all_reduce(p.grad)
+                p.grad /= dist.get_world_size()
+        norm = torch.nn.utils.clip_grad_norm_(self.params, self.clip or math.inf)
+        if not torch.isfinite(norm):
+            raise Failure(f"the gradient of the {self.name} is not finite: nothing was stepped or saved; "
+                          f"resume from the last checkpoint with a lower learning rate")
+        self.adam.step()
+
+    def zero_grad(self):
+        self.adam.zero_grad(set_to_none=True)
+
+
+class Average:
+    """Exponential moving average of a generator's trained weights, as a network to sample from (decay 0: the generator itself)."""
+
+    def __init__(self, net, decay):
+        self.source, self.decay, self.net = net, decay, deepcopy(net) if decay else net
+
+    def pairs(self):
+        return zip(*((a, b) for a, b in zip(self.net.parameters(), self.source.parameters()) if b.requires_grad))
+
+    @torch.no_grad()
+    def update(self):
+        if self.decay:
+            mine, theirs = self.pairs()
+            torch._foreach_lerp_(mine, theirs, 1 - self.decay)
+
+    @torch.no_grad()
+    def restart(self):
+        """The generator goes on from its average."""
+        mine, theirs = self.pairs()
+        torch._foreach_copy_(theirs, mine)
+
+
+# ---------------------------------------------------------------------------------------------------- output and lock
+
+class Output:
+    """A run's directory, locked while the run lives. Refuses, before anything is loaded, a directory that cannot be written,
+    is in use, or holds what this run should not overwrite."""
+
+    def __init__(self, path, resume):
+        self.path = Path(path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.path / ".lock", "a")
+        except OSError as e:
+            raise Failure(f"--out {path}: {e.strerror}; choose a directory that can be written")
+        if world()[0] == 0:
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise Failure(f"--out {path}: another run is writing there; wait for it or choose another directory")
+            if (self.path / "result.json").exists():
+                raise Failure(f"--out {path} holds a finished run; choose another directory or remove this one")
+            held = [p.name for p in self.path.iterdir() if p.name != ".lock"]
+            if held and not resume:
+                raise Failure(f"--out {path} is not empty ({sorted(held)[0]}, ...); go on with --resume auto or choose another directory")
+            for leftover in self.path.glob("**/*.tmp"):         # of a run killed in mid-save
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+    def log(self, **row):
+        """One line of metrics.jsonl. A full disk costs the line, not the run."""
+        try:
+            with open(self.path / "metrics.jsonl", "a") as f:
+                f.write(json.dumps(row) + "\n")
+        except OSError as e:
+            print(f"warning: {self.path}/metrics.jsonl: {e.strerror}; training goes on", file=sys.stderr)
+
+
+def sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def sync(path):
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
+def write_folder(path, files, facts):
+    """All or nothing: tensors {file: {name: tensor}} and a manifest of sizes and hashes appear under `path` together.
+
+    Written to PATH.tmp, synced to the disk, manifest last, then renamed. Raises Failure naming path and bytes when the disk is full.
+    """
+    path, tmp = Path(path), Path(f"{path}.tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    try:
+        tmp.mkdir(parents=True)
+        for name, tensors in files.items():
+            save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, tmp / name)
+            sync(tmp / name)
+        facts = dict(facts, files={name: dict(bytes=(tmp / name).stat().st_size, sha256=sha256(tmp / name)) for name in files})
+        (tmp / "manifest.json").write_text(json.dumps(facts, indent=1))
+        sync(tmp / "manifest.json"), sync(tmp)
+        os.rename(tmp, path)
+        sync(path.parent)
+    except Exception as e:                                      # safetensors reports a full disk as an error of its own
+        shutil.rmtree(tmp, ignore_errors=True)
+        size = sum(v.numel() * v.element_size() for t in files.values() for v in t.values())
+        raise Failure(f"{path}: could not write {size:,} bytes ({e}); free some space, then --resume auto") from e
+
+
+def read_folder(path):
+    """-> (facts, {file: {name: tensor}}) of what write_folder wrote. Raises Failure naming the file that is missing, short or altered."""
+    path = Path(path)
+    try:
+        facts = json.loads((path / "manifest.json").read_text())
+        expected = facts["files"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise Failure(f"{path}: no whole checkpoint there (manifest.json is missing or damaged)")
+    files = {}
+    for name, stamp in expected:
+        file = path / Path(name).name                           # a name with ../ in it stays inside
+        if not file.exists() or file.stat().st_size != stamp["bytes"] or sha256(file) != stamp["sha256"]:
+            raise Failure(f"{file}: missing, truncated or altered; delete {path} and go on with --resume auto")
+        with safe_open(file, "pt") as f:
+            files[name] = {k: f.get_tensor(k) for k in f.keys()}
+    return facts, files
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+def trained_state(net):
+    return {k: p for k, p in net.named_parameters() if p.requires_grad}
+
+
+def save_checkpoint(folder, facts, nets, optimizers, keep=2):
+    """Rank 0 writes FOLDER/STAGE-ITERATION: the trained weights of `nets`, the optimizers' moments; then prunes all but `keep`."""
+    if world()[0]:
+        return
+    files = {f"{name}.safetensors": trained_state(net) for name, net in nets.items()}
+    for opt in optimizers:
+        state = opt.adam.state_dict()["state"]
+        files[f"optimizer_{opt.name}.safetensors"] = {f"{i}.{k}": v for i, s in state.items() for k, v in s.items()}
+    folder = Path(folder)
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{facts['stage']}-{facts['global_iter']:08d}"
+    if not path.exists():
+        write_folder(path, files, dict(facts, torch=torch.__version__, world_size=world()[1]))
+    for old in sorted(folder.glob(f"{facts['stage']}-????????"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(path, facts, nets, optimizers):
+    """Into place, whole or not at all -> the checkpoint's facts. Raises Failure if it is damaged or of another model or shape."""
+    found, files = read_folder(path)
+    differs = [k for k in facts if found.get(k) != facts[k]]
+    if differs:
+        raise Failure(f"{path}: its {differs[0]} is {found.get(differs[0])}, this run's is {facts[differs[0]]}; choose the run it belongs to")
+    for name, net in nets.items():
+        mine, theirs = trained_state(net), files.get(f"{name}.safetensors", {})
+        for k in mine.keys() | theirs.keys():
+            if k not in mine or k not in theirs or mine[k].shape != theirs[k].shape:
+                raise Failure(f"{path}: {name}.{k} is {list(theirs[k].shape) if k in theirs else 'missing'} there and "
+                              f"{list(mine[k].shape) if k in mine else 'missing'} here; choose the run it belongs to")
+    for opt in optimizers:
+        for k, v in files[f"optimizer_{opt.name}.safetensors"].items():
+            i, what = k.split(".")
+            if what != "step" and v.shape != opt.params[int(i)].shape:
+                raise Failure(f"{path}: optimizer_{opt.name} has {k} of shape {list(v.shape)}, expected {list(opt.params[int(i)].shape)}")
+    with torch.no_grad():
+        for name, net in nets.items():
+            for k, p in trained_state(net).items():
+                p.copy_(files[f"{name}.safetensors"][k])
+    for opt in optimizers:
+        state = {}
+        for k, v in files[f"optimizer_{opt.name}.safetensors"].items():
+            i, what = k.split(".")
+            state.setdefault(int(i), {})[what] = v
+        opt.adam.load_state_dict(dict(opt.adam.state_dict(), state=state))
+    return found
+
+
+def newest_checkpoint(folder, stage):
+    """The newest whole checkpoint of a stage, or None. Damaged ones are named and passed over."""
+    for path in sorted(Path(folder).glob(f"{stage}-????????"), reverse=True):
+        try:
+            read_folder(path)
+            return path
+        except Failure as e:
+            print(f"warning: {e}; trying the one before", file=sys.stderr)
+
+
+# --------------------------------------------------------------------------------------------------------------- pictures
+
+def save_picture(path, figure):
+    """A picture that cannot be written costs a warning, not the run."""
+    import matplotlib.pyplot as plt
+    try:
+        figure.savefig(path, dpi=100)
+    except OSError as e:
+        print(f"warning: {path}: {e.strerror}; training goes on", file=sys.stderr)
+    plt.close(figure)
+
+
+def grid(path, rows, captions):
+    """rows: {label: images [n,3,H,W] in [-1,1]}, one row each, captions [n] above."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    n = len(captions)
+    figure, axes = plt.subplots(len(rows), n, figsize=(1.5 * n + 0.3, 1.6 * len(rows) + 0.2), squeeze=False, layout="constrained")
+    for (label, images), line in zip(rows.items(), axes):
+        for image, caption, ax in zip(images, captions, line):
+            ax.imshow(((image.float() + 1) / 2).clamp(0, 1).permute(1, 2, 0).cpu())
+            ax.set(xticks=[], yticks=[])
+            if line is axes[0]:
+                ax.set_title("\n".join(caption[i:i + 24] for i in range(0, min(len(caption), 72), 24)), fontsize=7)
+        line[0].set_ylabel(label, fontsize=9)
+    save_picture(path, figure)
+
+
+def curves(out):
+    """metrics.jsonl -> losses.png: one panel a loss, one colour a stage."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rows = [json.loads(line) for line in (out.path / "metrics.jsonl").read_text().splitlines()]
+    names = list(dict.fromkeys(k for row in rows for k in row if k not in ("stage", "iteration", "global_iter", "seconds")))
+    figure, axes = plt.subplots(1, len(names), figsize=(3.2 * len(names), 2.8), squeeze=False, layout="constrained")
+    for name, ax in zip(names, axes[0]):
+        for stage in dict.fromkeys(row["stage"] for row in rows):
+            points = [(row["iteration"], row[name]) for row in rows if row["stage"] == stage and name in row]
+            if points:
+                ax.plot(*zip(*points), lw=0.8, label=stage)
+        ax.set(title=name, xlabel="iteration")
+        ax.legend(fontsize=7)
+    save_picture(out.path / "losses.png", figure)

@@ -1,0 +1,271 @@
+"""The embedded teacher: a small, complete, trained SDXL pipeline that draws captioned shapes, and the exact reader that
+marks any student's homework. It exists so that the main job needs no download and no learned metric.
+
+    python shapes.py                        # mark the shipped teacher: accuracy, coverage, a picture (a minute)
+    python shapes.py --train --out teacher  # train it again from nothing (about an hour on two cores)
+
+A caption such as "a small red circle on blue" fixes shape, size, colour and background; it leaves the *place* open. So
+caption accuracy (is what was asked for there?) plays the part CLIP score plays in the paper, and the total variation
+between the places drawn by student and teacher plays the part of diversity.
+"""
+import argparse
+import itertools
+import json
+import math
+import time
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from discriminators import Taps
+from ode import Schedule
+
+PX = 32                                                         # images are [B,3,32,32] in [-1,1]
+COLOURS = {"red": (0.9, 0.1, 0.1), "green": (0.1, 0.7, 0.2), "blue": (0.15, 0.25, 0.9), "yellow": (0.95, 0.85, 0.1)}
+SIZES = {"small": 9, "large": 15}                               # pixels
+SHAPES = ("circle", "square", "triangle")
+CAPTIONS = [f"a {size} {colour} {shape} on {ground}" for size, colour, shape, ground
+            in itertools.product(SIZES, COLOURS, SHAPES, COLOURS) if colour != ground]        # 72 of them
+PALETTE = torch.tensor(list(COLOURS.values()))                  # [4,3] in [0,1]
+CELLS = 4                                                       # places are counted in a 4x4 grid
+
+
+def stencil(shape, side):
+    """The shape as a 0/1 mask [side,side]."""
+    y, x = torch.meshgrid(*[(torch.arange(side) + 0.5) / side * 2 - 1] * 2, indexing="ij")
+    inside = {"circle": x**2 + y**2 <= 1, "square": torch.ones_like(x, dtype=torch.bool), "triangle": x.abs() <= (y + 1) / 2}
+    return inside[shape].float()
+
+
+STENCILS = [(shape, size, stencil(shape, side)) for shape in SHAPES for size, side in SIZES.items()]
+
+
+def draw(caption, top, left):
+    """One true drawing, [3,32,32] in [-1,1], with the shape's bounding box at (top, left)."""
+    _, size, colour, shape, _, ground = caption.split()
+    mask = torch.zeros(PX, PX)
+    side = SIZES[size]
+    mask[top:top + side, left:left + side] = stencil(shape, side)
+    paint = lambda name: torch.tensor(COLOURS[name])[:, None, None]
+    return (paint(colour) * mask + paint(ground) * (1 - mask)) * 2 - 1
+
+
+def every_drawing():
+    """All true drawings: captions [n] as indices and images [n,3,32,32]; n = 32,400, every caption at every place."""
+    index, images = [], []
+    for i, caption in enumerate(CAPTIONS):
+        free = PX - SIZES[caption.split()[1]] + 1
+        for top, left in itertools.product(range(free), repeat=2):
+            index.append(i)
+            images.append(draw(caption, top, left))
+    return torch.tensor(index), torch.stack(images)
+
+
+def read(images):
+    """What is drawn? images [B,3,32,32] in [-1,1] -> (captions: list of B strings, or None where nothing is legible;
+    places: LongTensor [B], the cell of the 4x4 grid of possible places, -1 where illegible).
+
+    Every pixel is named by its nearest colour; the commonest name is the ground, the next the shape's colour; the
+    stencil and place with the fewest misnamed pixels win. More misnamed pixels than a quarter of the stencil: illegible.
+    """
+    rgb = (images.float().cpu().clamp(-1, 1) + 1) / 2
+    names = (rgb[:, None] - PALETTE[None, :, :, None, None]).square().sum(2).argmin(1)               # [B,32,32]
+    count = F.one_hot(names.flatten(1), len(COLOURS)).sum(1)                                         # [B,4]
+    ground = count.argmax(1)
+    colour = count.scatter(1, ground[:, None], -1).argmax(1)
+    off_ground = (names != ground[:, None, None]).float()[:, None]                                   # [B,1,32,32]
+    is_colour = (names == colour[:, None, None]).float()[:, None]
+    best = torch.full((len(rgb),), float("inf"))
+    which, cell = torch.zeros(len(rgb), dtype=torch.long), torch.zeros(len(rgb), dtype=torch.long)
+    for k, (_, _, mask) in enumerate(STENCILS):
+        wrong = off_ground.sum((1, 2, 3))[:, None, None] + mask.sum() \
+            - F.conv2d(off_ground, mask[None, None])[:, 0] - F.conv2d(is_colour, mask[None, None])[:, 0]
+        free = wrong.shape[-1]                                   # places per axis
+        least, at = (wrong / mask.sum()).flatten(1).min(1)
+        row, col = (at // free) * CELLS // free, (at % free) * CELLS // free
+        better = least < best
+        best, which, cell = best.where(~better, least), which.masked_fill(better, k), cell.where(~better, row * CELLS + col)
+    colours = list(COLOURS)
+    captions = [f"a {STENCILS[k][1]} {colours[c]} {STENCILS[k][0]} on {colours[g]}" if bad <= 0.25 else None
+                for k, c, g, bad in zip(which.tolist(), colour.tolist(), ground.tolist(), best.tolist())]
+    return captions, cell.masked_fill(best > 0.25, -1)
+
+
+def accuracy(images, captions):
+    """Fraction of images that show exactly what their caption says."""
+    return sum(r == c for r, c in zip(read(images)[0], captions)) / len(captions)
+
+
+def coverage_tv(images, reference):
+    """Total variation, in [0,1], between the places of two sets of images (illegible ones form a cell of their own)."""
+    share = lambda x: torch.bincount(read(x)[1] + 1, minlength=CELLS**2 + 1) / len(x)
+    return 0.5 * (share(images) - share(reference)).abs().sum().item()
+
+
+# ---------------------------------------------------------------------------------------------------- making the teacher
+
+def tokenizer():
+    """CLIP's byte-pair tokenizer with one token for each word of the captions, and bytes for everything else."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+    alphabet = sorted(ByteLevel.alphabet())
+    vocab, merges = alphabet + [a + "</w>" for a in alphabet], []
+    for word in sorted({w for c in CAPTIONS for w in c.split()}):
+        parts = list(word[:-1]) + [word[-1] + "</w>"]
+        while len(parts) > 1:
+            if (parts[0], parts[1]) not in merges:
+                merges.append((parts[0], parts[1]))
+                vocab.append(parts[0] + parts[1])
+            parts[:2] = [parts[0] + parts[1]]
+    vocab += ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={w: i for i, w in enumerate(vocab)}, merges=merges, model_max_length=16)
+
+
+def build():
+    """The untrained pipeline: every class of Stable Diffusion XL, in small."""
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+    tok = tokenizer()
+    text = CLIPTextConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                          max_position_embeddings=16, projection_dim=32, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id,
+                          pad_token_id=tok.pad_token_id)
+    unet = UNet2DConditionModel(
+        sample_size=PX // 4, layers_per_block=1, block_out_channels=(32, 64, 64), norm_num_groups=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=(2, 4, 4),
+        transformer_layers_per_block=1, use_linear_projection=True, cross_attention_dim=64,
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 32)
+    vae = AutoencoderKL(sample_size=PX, block_out_channels=(16, 32, 32), norm_num_groups=16, layers_per_block=1, latent_channels=4,
+                        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3)
+    scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading",
+                                       steps_offset=1, prediction_type="epsilon")
+    return StableDiffusionXLPipeline(vae=vae, unet=unet, scheduler=scheduler, tokenizer=tok, tokenizer_2=tok,
+                                     text_encoder=CLIPTextModel(text), text_encoder_2=CLIPTextModelWithProjection(text),
+                                     force_zeros_for_empty_prompt=True, add_watermarker=False)
+
+
+def train_vae(vae, images, iterations, lr=2e-3, batch=32):
+    """Squared error and a whisper of KL; then the scaling factor that gives the latents unit variance."""
+    opt = torch.optim.AdamW(vae.parameters(), lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=iterations, pct_start=0.05)
+    for i in range(iterations):
+        x = images[torch.randint(len(images), (batch,))]
+        posterior = vae.encode(x).latent_dist
+        loss = F.mse_loss(vae.decode(posterior.sample()).sample, x) + 1e-5 * posterior.kl().mean() / x[0].numel()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        opt.step(), opt.zero_grad(), schedule.step()
+        if i % 100 == 0:
+            print(f"vae {i:5d}  loss {loss.item():.5f}", flush=True)
+    vae.eval()
+    with torch.no_grad():
+        vae.register_to_config(scaling_factor=1 / vae.encode(images[::61]).latent_dist.mode().std().item())
+
+
+def train_teacher(pipe, index, latents, iterations, lr=1e-3, batch=64, ema=0.999):
+    """Ordinary epsilon pre-training (Eq. 2) of the UNet and, because it is cheap here, of both text encoders."""
+    schedule = Schedule.from_diffusers(pipe.scheduler)
+    nets = torch.nn.ModuleList([pipe.unet, pipe.text_encoder, pipe.text_encoder_2]).train()
+    average = deepcopy(nets).eval()
+    opt = torch.optim.AdamW(nets.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.0)
+    warm = torch.optim.lr_scheduler.LambdaLR(opt, lambda i: min(1, (i + 1) / 200) * 0.5 * (1 + math.cos(math.pi * i / iterations)))
+    size = torch.tensor([[PX, PX, 0, 0, PX, PX]]).repeat(batch, 1)
+    for i in range(iterations):
+        pick = torch.randint(len(latents), (batch,))
+        tokens, _, pooled, _ = pipe.encode_prompt(CAPTIONS, device="cpu", do_classifier_free_guidance=False)
+        keep = (torch.rand(batch) > 0.1).float()[:, None]        # the empty prompt is zeros, as in SDXL
+        cond = dict(encoder_hidden_states=tokens[index[pick]] * keep[:, None],
+                    added_cond_kwargs=dict(text_embeds=pooled[index[pick]] * keep, time_ids=size))
+        x0, eps, t = latents[pick], torch.randn(batch, *latents.shape[1:]), torch.randint(1, schedule.T + 1, (batch,))
+        loss = F.mse_loss(pipe.unet(schedule.noise(x0, eps, t), schedule.timestep[t], **cond).sample, schedule.target(x0, eps, t))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(nets.parameters(), 1.0)
+        opt.step(), opt.zero_grad(), warm.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(nets.parameters()), 1 - min(ema, (i + 1) / (i + 10)))
+        if i % 500 == 499 or i == iterations - 1:
+            pipe.unet, pipe.text_encoder, pipe.text_encoder_2 = average
+            print(f"teacher {i + 1:5d}  loss {loss.item():.4f}  accuracy {mark(pipe, 144)[0]:.3f}", flush=True)
+            if i < iterations - 1:
+                pipe.unet, pipe.text_encoder, pipe.text_encoder_2 = nets
+
+
+def train_vision_encoder(index, images, iterations, lr=1e-3, batch=64):
+    """A small SAM vision encoder that names captions and places: what the pixel discriminator looks through, as the paper's looks
+    through the SAM of the wide world."""
+    from transformers import SamVisionConfig, SamVisionModel
+    net = SamVisionModel(SamVisionConfig(image_size=PX, patch_size=4, hidden_size=48, mlp_dim=96, num_hidden_layers=4, num_attention_heads=4,
+                                         output_channels=48, window_size=0, global_attn_indexes=[0, 1, 2, 3]))
+    name, place = torch.nn.Linear(48, len(CAPTIONS)), torch.nn.Linear(48, CELLS**2)
+    taps, cells = Taps(net), torch.cat([read(x)[1] for x in images.split(1024)])
+    params = [*net.requires_grad_(True).parameters(), *name.parameters(), *place.parameters()]
+    opt = torch.optim.AdamW(params, lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=iterations, pct_start=0.1)
+    for i in range(iterations):
+        pick = torch.randint(len(images), (batch,))
+        x = images[pick] + 0.2 * torch.rand(batch, 1, 1, 1) * torch.randn(batch, 3, PX, PX)
+        seen = net(taps.see(x)).last_hidden_state.mean((2, 3))                    # [B,48]
+        loss = F.cross_entropy(name(seen), index[pick]) + F.cross_entropy(place(seen), cells[pick])
+        loss.backward()
+        opt.step(), opt.zero_grad(), schedule.step()
+        if i % 100 == 99:
+            print(f"vision encoder {i + 1:5d}  loss {loss.item():.3f}  captions named {(name(seen).argmax(1) == index[pick]).float().mean():.2f}", flush=True)
+    return net
+
+
+@torch.no_grad()
+def mark(pipe, n=576, steps=25, guidance=3.0, seed=0):
+    """Draw n captions in turn: (accuracy, images [n,3,32,32] in [-1,1])."""
+    captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(n)]
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(captions, num_inference_steps=steps, guidance_scale=guidance, generator=torch.Generator().manual_seed(seed),
+                  output_type="pt").images * 2 - 1
+    return accuracy(images, captions), images
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", action="store_true", help="train the teacher and save it under --out")
+    parser.add_argument("--out", default="out/shapes", help="where the picture, or the trained pipeline, goes")
+    parser.add_argument("--vae-iterations", type=int, default=3000)
+    parser.add_argument("--vision-iterations", type=int, default=1500)
+    parser.add_argument("--iterations", type=int, default=12000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    start, out = time.time(), Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if args.train:
+        index, images = every_drawing()
+        pipe = build()
+        train_vae(pipe.vae, images, args.vae_iterations)
+        with torch.no_grad():
+            scale = pipe.vae.config.scaling_factor
+            latents = torch.cat([pipe.vae.encode(x).latent_dist.mode() for x in images.split(512)]) * scale
+            decoded = torch.cat([pipe.vae.decode(z / scale).sample for z in latents[::29].split(512)])
+        print(f"true drawings, encoded and decoded: read correctly {accuracy(decoded, [CAPTIONS[i] for i in index[::29]]):.3f}")
+        train_teacher(pipe, index, latents, args.iterations)
+        pipe.to(torch.bfloat16).save_pretrained(out, safe_serialization=True)
+        train_vision_encoder(index, images, args.vision_iterations).to(torch.bfloat16).save_pretrained(out / "vision_encoder")
+        print(f"saved {out} after {time.time() - start:.0f} s")
+        return
+
+    from diffusers import StableDiffusionXLPipeline
+
+    from plumbing import grid
+    pipe = StableDiffusionXLPipeline.from_pretrained(str(Path(__file__).parent / "teacher"), add_watermarker=False).to(torch.float32)
+    rows, result = {}, {}
+    for steps in (25, 8, 4, 1):
+        right, images = mark(pipe, 288, steps)
+        result[str(steps)] = dict(accuracy=right, coverage_tv=coverage_tv(images[144:], images[:144]))
+        print(f"teacher, {steps:2d} steps: caption accuracy {right:.3f}   coverage TV between halves {result[str(steps)]['coverage_tv']:.3f}")
+        rows[f"{steps} steps"] = images[:72:9]
+    grid(out / "shapes.png", rows, CAPTIONS[::9])
+    (out / "result.json").write_text(json.dumps(result, indent=1))
+    print(f"wrote {out}/shapes.png and {out}/result.json in {time.time() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
