@@ -75,7 +75,7 @@ def score_loss(net, schedule, x0, eps, i, cond):
     """The teacher's pre-training loss: squared error to the noise of an eps network (Eq. 2), to the velocity of a v or flow
     network (Eq. 3). x0, eps [B,...], i LongTensor [B]; no guidance, no prompt dropout."""
     out = net(schedule.noise(x0, eps, i), timestep=schedule.timestep.to(x0.device)[i], **cond, return_dict=False)[0]
-    return F.mse_loss(out.float(), schedule.target(x0, eps, i).float())
+    return F.mse_loss(out.to(x0.dtype), schedule.target(x0, eps, i))
 
 
 def dmd_gradient(x0_hat, x0_fake, x0_real):
@@ -173,23 +173,24 @@ def adm(generator, fake_score, real_score, taps, heads, optimizers, schedule, st
             z_g, t = draws.normal(), draws.rows(dt, schedule.T)                                               # 18
             x0 = x0_hat.detach().requires_grad_()                               # here the backward pass is cut
             x_t = schedule.noise(x0, z_g, t)                                                                  # 19
-            with frozen(fake_score), torch.set_grad_enabled(loss == "adm"):
-                x0_fake, eps_fake = predict(fake_score, schedule, x_t, t, cond)
-                x_fake = schedule.noise(x0_fake, eps_fake, t - dt)                                            # 20
-            with torch.no_grad():
-                w = draws.uniform(*guidance)
-                x0_real, eps_real = predict(real_score, schedule, x_t, t, cond, uncond, w)
-                x_real = schedule.noise(x0_real, eps_real, t - dt)                                            # 21
-                gradient = dmd = dmd_gradient(x0, x0_fake, x0_real)
-            losses = dict(fake=fake_loss.detach(), dmd=0.5 * dmd.square().mean())
-            if loss == "adm":
-                look = lambda x: taps(x, timestep=schedule.timestep.to(x.device)[t - dt], **cond)
-                fake = look(x_fake)
-                generator_loss = -heads(fake).mean()                                                          # Eq. 7
-                gradient, = torch.autograd.grad(generator_loss, x0)
-                losses["generator"] = generator_loss.detach()
-            else:
-                gradient = gradient / gradient[0].numel() / len(gradient)       # of 0.5 || x0_hat - sg(x0_hat - g) ||^2, a mean
+            with frozen(fake_score):                            # to the end of the backward: checkpointing runs f_psi again there
+                with torch.set_grad_enabled(loss == "adm"):
+                    x0_fake, eps_fake = predict(fake_score, schedule, x_t, t, cond)
+                    x_fake = schedule.noise(x0_fake, eps_fake, t - dt)                                        # 20
+                with torch.no_grad():
+                    w = draws.uniform(*guidance)
+                    x0_real, eps_real = predict(real_score, schedule, x_t, t, cond, uncond, w)
+                    x_real = schedule.noise(x0_real, eps_real, t - dt)                                        # 21
+                    gradient = dmd_gradient(x0, x0_fake, x0_real)
+                losses = dict(fake=fake_loss.detach(), dmd=0.5 * gradient.square().mean())
+                if loss == "adm":
+                    look = lambda x: taps(x, timestep=schedule.timestep.to(x.device)[t - dt], **cond)
+                    fake = look(x_fake)
+                    generator_loss = -heads(fake).mean()                                                      # Eq. 7
+                    gradient, = torch.autograd.grad(generator_loss, x0)
+                    losses["generator"] = generator_loss.detach()
+                else:
+                    gradient = gradient / gradient.numel()      # of 0.5 || x0_hat - sg(x0_hat - g) ||^2, a mean
             x0_hat.backward(gradient / len(batch))                                                            # 22
 
             # update discriminator D_tau                                                                        25
@@ -219,7 +220,7 @@ class Net(nn.Module):
         self.output = nn.Linear(width, 2)
 
     def forward(self, x, timestep, return_dict=False, features=None):
-        angle = timestep[:, None] / 1000 * torch.pi * 2 ** torch.linspace(-2, 4, 16)              # [B,16]
+        angle = (timestep[:, None] / 1000 * torch.pi * 2 ** torch.linspace(-2, 4, 16)).to(x.dtype)   # [B,16]
         h = self.input(torch.cat([x, angle.sin(), angle.cos()], 1))                               # [B,width]
         for block in self.blocks:
             h = h + block(h)

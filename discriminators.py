@@ -66,7 +66,8 @@ class Heads(nn.Module):
         self.heads = nn.ModuleList(heads)
 
     def forward(self, features):
-        return torch.stack([head(f).flatten(1).mean(1) for head, f in zip(self.heads, features, strict=True)]).mean(0)
+        logits = [head(f).flatten(1) for head, f in zip(self.heads, features, strict=True)]
+        return torch.stack([l.mean(1, dtype=torch.promote_types(l.dtype, torch.float32)) for l in logits]).mean(0)    # never a bf16 mean
 
 
 def hinge(fake, real):

@@ -10,6 +10,7 @@ import signal
 import sys
 from copy import deepcopy
 from pathlib import Path
+from types import MethodType
 
 import torch
 import torch.distributed as dist
@@ -112,10 +113,10 @@ class StopSignal:
         return self.asked
 
 
-def autocast(net, device, enabled):
-    """bf16 arithmetic in net's forward (weights keep their type); how accelerate does it too."""
+def autocast(net, device, enabled, method="forward"):
+    """bf16 arithmetic inside a method of net; weights keep their type. Bound to net, so that a deepcopy runs itself, not net."""
     if enabled:
-        net.forward = torch.autocast(device.type, torch.bfloat16)(net.forward)
+        setattr(net, method, MethodType(torch.autocast(device.type, torch.bfloat16)(getattr(type(net), method)), net))
     return net
 
 
@@ -147,6 +148,10 @@ class Average:
 
     def __init__(self, net, decay):
         self.source, self.decay, self.net = net, decay, deepcopy(net) if decay else net
+
+    def both(self):
+        """What a checkpoint holds of the generator."""
+        return dict(generator=self.source, average=self.net) if self.decay else dict(generator=self.source)
 
     def pairs(self):
         return zip(*((a, b) for a, b in zip(self.net.parameters(), self.source.parameters()) if b.requires_grad))

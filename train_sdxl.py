@@ -194,7 +194,7 @@ def load_vision_encoder(path, device):
 
 def trainable(unet, rank):
     """A copy of the teacher to train: all of it, or a LoRA on its attention and feed-forward layers."""
-    net = deepcopy(unet)
+    net = deepcopy(unet).float()
     if rank:
         from peft import LoraConfig
         net.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=[
@@ -261,7 +261,8 @@ def run_adp(args, out, teacher, generator, average, facts, checkpoint, look, sto
     optimizers = (Adam("generator", generator.parameters(), args.lr_generator_adp, args.clip),
                   Adam("latent heads", heads.parameters(), args.lr_discriminator, args.clip),
                   Adam("pixel heads", pixel_heads.parameters(), args.lr_discriminator, args.clip))
-    nets = dict(generator=generator, average=average.net, heads=heads, pixel_heads=pixel_heads)
+    nets = dict(average.both(), heads=heads, pixel_heads=pixel_heads)
+    autocast(heads, teacher.device, args.bf16), autocast(pixel_heads, teacher.device, args.bf16)
     begin = load_checkpoint(checkpoint, facts, nets, optimizers)["iteration"] if checkpoint else 0
 
     def batches(iteration):
@@ -283,7 +284,8 @@ def run_adm(args, out, teacher, generator, average, student_schedule, facts, che
     optimizers = (Adam("generator", generator.parameters(), args.lr_generator, args.clip),
                   Adam("fake score", fake_score.parameters(), args.lr_fake, args.clip),
                   Adam("latent heads", heads.parameters(), args.lr_discriminator, args.clip))
-    nets = dict(generator=generator, average=average.net, fake_score=fake_score, heads=heads)
+    nets = dict(average.both(), fake_score=fake_score, heads=heads)
+    autocast(heads, teacher.device, args.bf16)
     found = load_checkpoint(checkpoint, facts, nets, optimizers) if checkpoint else dict(iteration=0, global_iter=0)
 
     def batches(iteration):
@@ -414,8 +416,9 @@ def main():
     average = Average(generator, args.ema)
     if args.bf16:
         teacher.unet.to(torch.bfloat16), teacher.vae.to(torch.bfloat16)
-    for net in {teacher.unet, teacher.vae.decoder, generator, average.net}:
+    for net in {teacher.unet, generator, average.net}:
         autocast(net, device, args.bf16)
+    autocast(teacher.vae, device, args.bf16, "decode")
     if args.grad_checkpointing:
         for net in {teacher.unet, teacher.vae, generator, average.net}:
             net.enable_gradient_checkpointing()
@@ -431,7 +434,7 @@ def main():
     elif args.stage == "adm" and reached != "adm":
         reached = "adp" if (path := newest_checkpoint(out.path / "checkpoints", "adp")) else None
         if path:
-            load_checkpoint(path, facts, dict(generator=generator, average=average.net), ())
+            load_checkpoint(path, facts, average.both(), ())
     if args.stage in ("pairs", "adp"):
         print(f"{args.stage} is done; go on with --stage {'adp' if args.stage == 'pairs' else 'adm'} --resume auto")
         return
