@@ -6,7 +6,7 @@ import torch
 from diffusers import CogVideoXDDIMScheduler, DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from torch.testing import assert_close
 
-from ode import Mixture, Schedule, both, families, predict, sample
+from ode import Mixture, Schedule, both, predict, sample
 
 BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="trailing")
 N = 20                                                          # steps, where one number will do
@@ -176,7 +176,7 @@ def test_target_and_split_are_inverse_on_every_row(table, pred):
 
 
 @pytest.mark.parametrize("table", ["CogVideoX-2b", "SD3", "straight"])
-def test_first_step_from_zero_terminal_snr_is_exact(table):
+def test_split_is_exact_at_zero_terminal_snr(table):
     schedule = TABLES[table]()
     assert schedule.alpha[-1] == 0 and schedule.sigma[-1] == 1
     x, x0 = randn(4, 3), randn(4, 3, seed=1)
@@ -218,7 +218,7 @@ def test_rows_run_evenly_from_T_to_0():
         rows = schedule.rows(n)
         steps = [a - b for a, b in zip(rows, rows[1:])]
         assert len(rows) == n + 1 and rows[0] == 37 and rows[-1] == 0
-        assert min(steps) >= 1 and max(steps) - min(steps) <= 2
+        assert min(steps) >= 1 and max(steps) - min(steps) <= 1
     assert Schedule.straight().rows(4) == [1000, 750, 500, 250, 0]
 
 
@@ -320,13 +320,12 @@ def test_solver_order_on_the_ring(order):
 
 
 @pytest.mark.parametrize("order", [1, 2])
-@pytest.mark.parametrize("stop", [0, 500])
-@pytest.mark.parametrize("name", [*families(), "cosine (v)"])
+@pytest.mark.parametrize("name, stop", [("SDXL", 500), ("CogVideoX-2b", 500), ("SD3", 500), ("SD3", 0), ("straight", 500), ("straight", 0),
+                                        ("cosine", 500), ("cosine", 0)])
 def test_solver_order_on_a_gaussian_in_closed_form(name, stop, order):
-    """x_t - alpha_t mean grows as sqrt(alpha_t^2 std^2 + sigma_t^2). Real VP tables jump far in sigma at the very end, which costs order there."""
-    schedule = {**families(), "cosine (v)": cosine()}[name]
-    if stop == 0 and name in ("SDXL (eps)", "CogVideoX-2b (v)"):
-        pytest.skip("evenly spaced rows of this table do not have the solver's order at row 0")
+    """x_t - alpha_t mean grows as sqrt(alpha_t^2 std^2 + sigma_t^2). The two VP tables stop half way: their even rows end with a jump in
+    sigma so long that it, not the solver, would set the order."""
+    schedule = {**TABLES, "cosine": cosine}[name]()
     mean, std = torch.tensor([[1.5, -0.7]], dtype=torch.float64), 0.5
     width = ((schedule.alpha * std) ** 2 + schedule.sigma**2).sqrt()
     x_T = randn(64, 2)
@@ -337,11 +336,16 @@ def test_solver_order_on_a_gaussian_in_closed_form(name, stop, order):
 
 @pytest.mark.parametrize("order", [1, 2])
 def test_one_step_and_the_last_step_return_the_networks_x0(order):
-    schedule, x, answers = TABLES["CogVideoX-2b"](), randn(4, 3), []
+    schedule, calls = TABLES["CogVideoX-2b"](), []
+
+    def net(x, timestep, return_dict):
+        calls.append((x, smooth_net(x, timestep)[0]))
+        return calls[-1][1:]
+
     for n in (1, 5):
-        net = lambda x, timestep, return_dict: answers.append((x, smooth_net(x, timestep)[0])) or (answers[-1][1],)
-        x_0, last = sample(net, schedule, x, schedule.rows(n), {}, order=order), schedule.rows(n)[-2]
-        assert torch.equal(x_0, schedule.split(*answers[-1], last)[0])
+        rows = schedule.rows(n)
+        x_0 = sample(net, schedule, randn(4, 3), rows, {}, order=order)
+        assert torch.equal(x_0, schedule.split(*calls[-1], rows[-2])[0])
         assert x_0.isfinite().all()
 
 
