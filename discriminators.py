@@ -146,10 +146,11 @@ class Taps(nn.Module):
 
 def tap_shapes(net, x, **kwargs):
     """Shapes of the maps, without the batch, that Taps(net)(x, ...) would give: a twin on the meta device runs, nothing is computed."""
-    to_meta = lambda v: {k: to_meta(u) for k, u in v.items()} if isinstance(v, dict) else v.to("meta") if torch.is_tensor(v) else v
+    to_meta = lambda v: {k: to_meta(u) for k, u in v.items()} if isinstance(v, dict) else tuple(map(to_meta, v)) if isinstance(v, tuple) \
+        else v.to("meta", torch.float32 if v.is_floating_point() else v.dtype) if torch.is_tensor(v) else v
     with torch.device("meta"):
         twin = type(net).from_config(net.config) if hasattr(type(net), "from_config") else type(net)(net.config)
-        return [tuple(f.shape[1:]) for f in Taps(twin)(x.to("meta").float(), **to_meta(kwargs))]
+        return [tuple(f.shape[1:]) for f in Taps(twin)(to_meta(x), **to_meta(kwargs))]
 
 
 def heads_for(net, x, hidden=256, blocks=2, **kwargs):

@@ -12,7 +12,8 @@ clean (alpha 1, sigma 0), row T the noisiest. The network's output is some fixed
     sample          1        0
 
 Two linear equations, two unknowns: every output becomes the *pair* (x0_hat, eps_hat), and a step of the PF-ODE is that
-pair noised again at another row. Only an eps network ever divides by alpha, so zero terminal SNR needs no special case.
+pair noised again at another row. Only an eps network ever divides by alpha (and only a sample network by sigma), so zero
+terminal SNR needs no special case.
 """
 import argparse
 import json

@@ -44,7 +44,8 @@ def sam():
 
 
 def dinov2():
-    return Dinov2Model(Dinov2Config(image_size=28, patch_size=7, hidden_size=32, num_hidden_layers=12, num_attention_heads=2)), torch.randn(BATCH, 3, 28, 28), {}
+    net = Dinov2Model(Dinov2Config(image_size=28, patch_size=7, hidden_size=32, num_hidden_layers=12, num_attention_heads=2))
+    return net, torch.randn(BATCH, 3, 28, 28), {}
 
 
 FAMILIES = dict(sdxl=sdxl, sd3=sd3, cogvideox=cogvideox, sam=sam, dinov2=dinov2)
@@ -88,8 +89,22 @@ def test_released_models_have_the_published_size_and_the_papers_taps(models, nam
 
 # --------------------------------------------------------------------------------------------------------- what is tapped
 
-@pytest.mark.parametrize("family, patch", [("sd3", (2, 2)), ("cogvideox", (1, 2, 2)), (lambda: cogvideox(2, 4), (2, 2, 2)), ("sam", (4, 4)), ("dinov2", (7, 7))],
-                         ids=["sd3", "cogvideox", "cogvideox-1.5", "sam", "dinov2"])
+@pytest.mark.parametrize("name, expected", [
+    ("SDXL", ["down_blocks.0.resnets.1", "down_blocks.1.resnets.1", "down_blocks.2.resnets.1", "mid_block.resnets.1",
+              "up_blocks.0.resnets.2", "up_blocks.1.resnets.2", "up_blocks.2.resnets.2"]),
+    ("SD3.5-Large", [f"transformer_blocks.{k}" for k in range(38)]),
+    ("CogVideoX-2b", [f"transformer_blocks.{k}" for k in range(2, 30, 3)]),
+    ("SAM ViT-B", [f"vision_encoder.layers.{k}" for k in (2, 5, 8, 11)]),
+    ("DINOv2-B", [f"encoder.layer.{k}" for k in (2, 5, 8, 11)])])
+def test_the_papers_modules_are_tapped(models, name, expected):
+    """The last ResNet of each block, every DiT block, every third one, layers 3, 6, 9 and 12."""
+    net = models[name][0]
+    names = {module: name for name, module in net.named_modules()}
+    assert [names[module] for module in Taps(net).modules_of(net)] == expected
+
+
+@pytest.mark.parametrize("family, patch", [("sd3", (2, 2)), ("cogvideox", (1, 2, 2)), (lambda: cogvideox(2, 4), (2, 2, 2)),
+                                           ("sam", (4, 4)), ("dinov2", (7, 7))], ids=["sd3", "cogvideox", "cogvideox-1.5", "sam", "dinov2"])
 def test_each_feature_sits_where_its_patch_is(family, patch):
     """Change one patch of the input: of the first tap's features, those of the same place must change most by far. Every place is tried."""
     net, x, kwargs = build(family)
@@ -265,7 +280,7 @@ def test_depth_is_capped_by_the_map(shape, blocks, expected):
     assert head(torch.randn(1, *shape)).isfinite().all()
 
 
-@pytest.mark.parametrize("shape", [(32, 1, 1), (32, 1, 8), (32, 5, 1, 1)])
+@pytest.mark.parametrize("shape", [(32, 1, 1), (32, 1, 8), (32, 5, 1, 1)], ids=str)
 def test_a_map_under_2x2_is_refused(shape):
     with pytest.raises(ValueError, match="at least 2x2") as error:
         Head(shape)
@@ -285,6 +300,15 @@ def test_value_is_the_mean_over_heads_of_the_mean_over_maps():
     values = [torch.stack([head(f)[b].mean() for b in range(BATCH)]) for head, f in zip(parts, features)]
     assert_close(Heads(parts)(features), (values[0] + values[1] + values[2]) / 3)
     assert_close(Heads(parts * 2)(features * 2), Heads(parts)(features))
+
+
+def test_value_is_never_a_bf16_mean():
+    torch.manual_seed(0)
+    head, features = Head((32, 64, 64), hidden=32).bfloat16(), torch.randn(BATCH, 32, 64, 64).bfloat16()
+    value = Heads([head])([features])
+    assert value.dtype == torch.float32
+    assert_close(value, head(features).float().flatten(1).mean(1), rtol=1e-6, atol=1e-6)
+    assert Heads([head.double()])([features.double()]).dtype == torch.float64
 
 
 def test_heads_and_features_must_match_in_number():
