@@ -208,17 +208,18 @@ def trainable(unet, rank):
 
 def collect_pairs(args, out, teacher, stop):
     """Stage `pairs`: shards of (x_T, x_0, prompt). A shard is a function of seed and index, so a killed stage goes on where it was."""
-    rank, ranks = world()
+    (rank, ranks), shards = world(), math.ceil(args.pairs / SHARD)
     rows, facts = teacher.schedule.rows(args.pair_steps), pair_facts(args, teacher)
-    for k in tqdm(range(rank, math.ceil(args.pairs / SHARD), ranks), desc="pairs", unit="shard", disable=rank > 0):
+    for first in tqdm(range(0, shards, ranks), desc="pairs", unit="round", disable=rank > 0):
+        k = first + rank
         path = out.path / "pairs" / f"{k:05d}"
-        if not path.exists():
+        if k < shards and not path.exists():
             draws = Draws((args.seed, 0), 0, range(k * SHARD, min((k + 1) * SHARD, args.pairs)), teacher.shape)
             x_T, prompt = draws.normal(), draws.rows(0, len(teacher.prompts) - 1)
             x_0 = teacher.solve(teacher.unet, teacher.schedule, rows, x_T, prompt, 2 * args.batch_size, args.pair_guidance, order=2)
             write_folder(path, {"pairs.safetensors": dict(x_T=x_T, x_0=x_0, prompt=prompt)}, facts)
-            if stop:
-                return False
+        if stop:                                                # asked of all ranks together
+            return False
     return True
 
 
