@@ -66,13 +66,17 @@ def world():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def start():
-    """Join torchrun's process group if there is one -> this process's device. Libraries speak only of errors from here on."""
+def quiet():
+    """Libraries speak only of errors from here on."""
     import diffusers
     import transformers
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
+
+
+def start():
+    """Join torchrun's process group if there is one -> this process's device."""
     cuda = torch.cuda.is_available()
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("nccl" if cuda else "gloo")

@@ -25,15 +25,15 @@ from adm import Draws, adm, adp
 from discriminators import Taps, heads_for
 from ode import Schedule, sample
 from plumbing import (Adam, Average, Failure, Output, StopSignal, autocast, barrier, curves, goodbye, grid, load_checkpoint,
-                      newest_checkpoint, read_folder, read_prompts, run, save_checkpoint, start, usage, world, write_folder)
+                      newest_checkpoint, quiet, read_folder, read_prompts, run, save_checkpoint, start, usage, world, write_folder)
 
 EMBEDDED = Path(__file__).parent / "teacher"
 SHARD = 256                                                     # pairs in a file
 
 # What the embedded teacher wants instead of the paper's values: three orders of magnitude fewer weights and iterations.
-SHAPES = dict(pairs=2048, pair_steps=20, pair_guidance=3.0, iterations_adp=600, iterations_adm=600, batch_size=32,
-              lr_generator_adp=2e-4, lr_generator=5e-5, lr_fake=5e-4, lr_discriminator=1e-3, guidance=[2.0, 4.0], ema=0.99, head_channels=64,
-              pixel_backbone=str(EMBEDDED / "vision_encoder"), sample_every=200, save_every=200)
+SHAPES = dict(pairs=2048, pair_steps=20, pair_guidance=3.0, iterations_adp=1000, iterations_adm=200, batch_size=32,
+              lr_generator_adp=3e-4, lr_generator=2e-5, lr_fake=1e-3, lr_discriminator=1e-3, guidance=[2.0, 4.0], ema=0.99, head_channels=64,
+              pixel_backbone=str(EMBEDDED / "vision_encoder"), sample_every=250, save_every=250)
 
 
 def parse():
@@ -99,6 +99,7 @@ def parse():
     wrong += ["--lambdas: weights must be 0 or above, one of them above"] * (min(args.lambdas) < 0 or max(args.lambdas) == 0)
     wrong += [f"{flag('steps')}: ADP is one-step only; use --stage adm"] * (args.steps > 1 and args.stage != "adm")
     wrong += ["--prompts is needed with --model: a text file, one prompt a line"] * (args.model is not None and args.prompts is None)
+    wrong += [f"{flag('pairs')}: the embedded teacher's table needs at least 2"] * (args.model is None and args.pairs == 1)
     if wrong:
         usage(wrong)
     return args
@@ -166,6 +167,7 @@ class Teacher:
 
 def load_pipeline(args):
     from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+    quiet()
     path = str(args.model or EMBEDDED)
     try:
         kind = DiffusionPipeline.load_config(path).get("_class_name")
@@ -282,6 +284,7 @@ def run_adm(args, out, teacher, generator, average, student_schedule, facts, che
     fake_score = autocast(trainable(teacher.unet, args.lora_rank_fake), teacher.device, args.bf16)
     one = torch.zeros(1, *teacher.shape, device=teacher.device)
     heads = heads_for(teacher.unet, one, args.head_channels, timestep=torch.zeros(1), **teacher.uncond(1)).to(teacher.device)
+    facts = dict(facts, method=args.method)
     optimizers = (Adam("generator", generator.parameters(), args.lr_generator, args.clip),
                   Adam("fake score", fake_score.parameters(), args.lr_fake, args.clip),
                   Adam("latent heads", heads.parameters(), args.lr_discriminator, args.clip))
@@ -400,8 +403,8 @@ def pictures(args, out, teacher, average):
 
 def main():
     args = parse()
-    began, device = time.time(), start()
-    prompts = read_prompts(args.prompts) if args.prompts else shapes.CAPTIONS
+    began, prompts = time.time(), read_prompts(args.prompts) if args.prompts else shapes.CAPTIONS
+    device = start()
     out, stop = Output(args.out, args.resume), StopSignal()
     checkpoint = None
     if args.resume == "auto":
@@ -434,8 +437,8 @@ def main():
             return goodbye(out)
     elif args.stage == "adm" and reached != "adm":
         reached = "adp" if (path := newest_checkpoint(out.path / "checkpoints", "adp")) else None
-        if path:
-            load_checkpoint(path, facts, average.both(), ())
+        if path and load_checkpoint(path, facts, average.both(), ())["iteration"] < args.iterations_adp:
+            raise Failure(f"{path}: ADP is not finished there; finish it with --stage adp --resume auto, or give its length as --iterations-adp")
     if args.stage in ("pairs", "adp"):
         print(f"{args.stage} is done; go on with --stage {'adp' if args.stage == 'pairs' else 'adm'} --resume auto")
         return

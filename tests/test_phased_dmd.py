@@ -13,7 +13,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from adm import Draws, Net, adm, dmd_gradient, score_loss
-from ode import Mixture, Schedule, families, predict
+from ode import Mixture, Schedule, families
 from phased_dmd import biased_loss, bridge, generate, interpolant, kl_gradient, phased_dmd, scaled_target, split, subinterval_loss
 
 BATCH = 6
