@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+import textwrap
 from copy import deepcopy
 from pathlib import Path
 from types import MethodType
@@ -342,12 +343,12 @@ def grid(path, rows, captions):
     import matplotlib.pyplot as plt
     n = len(captions)
     figure, axes = plt.subplots(len(rows), n, figsize=(1.5 * n + 0.3, 1.6 * len(rows) + 0.2), squeeze=False, layout="constrained")
-    for (label, images), line in zip(rows.items(), axes):
+    for top, ((label, images), line) in enumerate(zip(rows.items(), axes)):
         for image, caption, ax in zip(images, captions, line):
             ax.imshow(((image.float() + 1) / 2).clamp(0, 1).permute(1, 2, 0).cpu())
             ax.set(xticks=[], yticks=[])
-            if line is axes[0]:
-                ax.set_title("\n".join(caption[i:i + 24] for i in range(0, min(len(caption), 72), 24)), fontsize=7)
+            if top == 0:
+                ax.set_title("\n".join(textwrap.wrap(caption, 24)[:3]), fontsize=7)
         line[0].set_ylabel(label, fontsize=9)
     save_picture(path, figure)
 
