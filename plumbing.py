@@ -69,9 +69,9 @@ def world():
 
 def quiet():
     """Libraries speak only of errors from here on."""
-    import diffusers
-    import transformers
-    for library in (diffusers.utils.logging, transformers.utils.logging):
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+    for library in (of_diffusers, of_transformers):
         library.set_verbosity_error()
         library.disable_progress_bar()
 

@@ -166,8 +166,8 @@ class Teacher:
 
 
 def load_pipeline(args):
+    quiet()                                                     # before the import, which has things to say
     from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
-    quiet()
     path = str(args.model or EMBEDDED)
     try:
         kind = DiffusionPipeline.load_config(path).get("_class_name")
