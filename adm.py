@@ -268,6 +268,21 @@ def tv_and_precision(x, data, reference):
                 modes=int((share > 0.1 / len(data.means)).sum()))
 
 
+def closed_form_teacher(data, schedule, steps, draws):
+    """A frozen Net that knows `data`. It regresses the regression's own minimiser, in closed form: minutes of averaging noisy
+    targets fit into seconds, and what a noisy teacher gets wrong its students cannot inherit. draws(i): Draws of step i."""
+    teacher, exact = Net(), data.network(schedule)
+    opt = torch.optim.AdamW(teacher.parameters(), 2e-3, weight_decay=0.0, fused=True)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
+    for i in range(steps):
+        noise = draws(i)
+        t = noise.rows(1, schedule.T)
+        x_t, told = schedule.noise(data.sample(len(t)), noise.normal(), t), schedule.timestep[t]
+        F.mse_loss(teacher(x_t, told)[0], exact(x_t, told)[0]).backward()
+        opt.step(), opt.zero_grad(), decay.step()
+    return teacher.requires_grad_(False)
+
+
 def demo(data, seed, iterations=600, batch=256, progress=print):
     """Train a teacher on `data`, then four one-step students. Returns name -> samples [50000,2]. iterations: of each stage."""
     torch.manual_seed(seed)
@@ -289,19 +304,7 @@ def demo(data, seed, iterations=600, batch=256, progress=print):
         samples[name] = sample(net, line, test, rows, {}, order=2)                # one step is first order
         progress(name, samples[name])
 
-    teacher = Net()
-    opt = torch.optim.AdamW(teacher.parameters(), 2e-3, weight_decay=0.0, fused=True)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 3 * iterations)
-    exact = data.network(teacher_schedule)
-    for i in range(3 * iterations):
-        noise = draws(0, i)
-        t = noise.rows(1, line.T)
-        x_t = teacher_schedule.noise(data.sample(batch), noise.normal(), t)
-        # the regression's own minimiser in closed form, so that minutes of averaging noisy targets fit into seconds
-        velocity = exact(x_t, teacher_schedule.timestep[t])[0]
-        F.mse_loss(teacher(x_t, teacher_schedule.timestep[t])[0], velocity).backward()
-        opt.step(), opt.zero_grad(), decay.step()
-    teacher.requires_grad_(False)
+    teacher = closed_form_teacher(data, teacher_schedule, 3 * iterations, lambda i: draws(0, i))
     keep("teacher", teacher, line.rows(20))
 
     x_T = torch.randn(20_000, 2)
@@ -336,7 +339,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="out/adm", help="folder for the picture and result.json")
     parser.add_argument("--iterations", type=int, default=600, help="generator steps of A1 and ADP; the teacher gets three times as many, ADM and DMD twice")
-    parser.add_argument("--batch-size", type=int, default=256, help="1024 takes four times as long and gives ADM's critic a clearer view")
+    parser.add_argument("--batch-size", type=int, default=256, help="samples a step; more take longer than the ninety seconds")
     args = parser.parse_args()
     if args.batch_size < 1:
         parser.error(f"--batch-size {args.batch_size}: must be above 0")

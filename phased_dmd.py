@@ -26,7 +26,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from adm import Draws, Net, dmd_gradient, score_loss, tv_and_precision
+from adm import Draws, closed_form_teacher, dmd_gradient, score_loss, tv_and_precision
 from ode import Mixture, Schedule, predict, sample
 
 
@@ -247,19 +247,10 @@ def ring(data, seed, iterations, lr=3e-4, batch=256):
     So phased is below SGTS in every run, but below half of it on average only at the highest rate.
     """
     torch.manual_seed(seed)
-    schedule, teacher, steps = Schedule.straight(), Net(), 6 * iterations
-    exact = data.network(schedule)
+    schedule = Schedule.straight()
     draws = lambda stage, i: Draws((seed, stage), i, [0], (2,), block=batch)
     adam = lambda net, lr: torch.optim.AdamW(net.parameters(), lr, betas=(0.0, 0.999), weight_decay=0.0, fused=True)
-    opt = torch.optim.AdamW(teacher.parameters(), 2e-3, weight_decay=0.0, fused=True)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
-    for i in range(steps):
-        noise = draws(0, i)
-        t = noise.rows(1, schedule.T)
-        x_t, time_t = schedule.noise(data.sample(batch), noise.normal(), t), schedule.timestep[t]
-        F.mse_loss(teacher(x_t, timestep=time_t)[0], exact(x_t, timestep=time_t)[0]).backward()
-        opt.step(), opt.zero_grad(), decay.step()
-    teacher.requires_grad_(False)
+    teacher = closed_form_teacher(data, schedule, 6 * iterations, lambda i: draws(0, i))
     z, rows, samples = torch.randn(50_000, 2), schedule.rows(4), {}
     with torch.no_grad():
         samples["teacher"] = sample(teacher, schedule, z, schedule.rows(20), {}, order=2)
