@@ -210,20 +210,19 @@ def adm(generator, fake_score, real_score, taps, heads, optimizers, schedule, st
 # ------------------------------------------------------------------------------------------------- demo, two dimensions
 
 class Net(nn.Module):
-    """A residual MLP called as diffusers calls its networks."""
+    """An MLP called as diffusers calls its networks: [B,2] -> [B,2]."""
 
-    def __init__(self, width=128, layers=3):
+    def __init__(self, width=256, layers=4):
         super().__init__()
-        self.input = nn.Linear(2 + 32, width)
-        self.blocks = nn.ModuleList([nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-                                     for _ in range(layers)])
+        self.layers = nn.ModuleList([nn.Linear(2 + 32, width)] + [nn.Linear(width, width) for _ in range(layers - 2)])
         self.output = nn.Linear(width, 2)
+        self.register_buffer("waves", torch.pi * 2 ** torch.linspace(-2, 4, 16))
 
     def forward(self, x, timestep, return_dict=False, features=None):
-        angle = (timestep[:, None] / 1000 * torch.pi * 2 ** torch.linspace(-2, 4, 16)).to(x.dtype)   # [B,16]
-        h = self.input(torch.cat([x, angle.sin(), angle.cos()], 1))                               # [B,width]
-        for block in self.blocks:
-            h = h + block(h)
+        angle = timestep[:, None].to(x.dtype) / 1000 * self.waves                 # [B,16]
+        h = torch.cat([x, angle.sin(), angle.cos()], 1)                           # [B,34]
+        for layer in self.layers:
+            h = F.gelu(layer(h))                                                  # [B,width]
             if features is not None:
                 features.append(h)
         return (self.output(h),)
@@ -253,7 +252,7 @@ class Fourier(nn.Module):
         return [torch.cat([(x @ self.waves).sin(), (x @ self.waves).cos()], 1)]
 
 
-def mlp_heads(count, width=128, hidden=64):
+def mlp_heads(count, width, hidden=64):
     return Heads([nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
                                 nn.Linear(hidden, 1)) for _ in range(count)])
 
@@ -283,7 +282,7 @@ def closed_form_teacher(data, schedule, steps, draws):
     return teacher.requires_grad_(False)
 
 
-def demo(data, seed, iterations=600, batch=256, progress=print):
+def demo(data, seed, iterations=800, batch=256, progress=print):
     """Train a teacher on `data`, then four one-step students. Returns name -> samples [50000,2]. iterations: of each stage."""
     torch.manual_seed(seed)
     teacher_schedule, line = Schedule.straight(), Schedule.straight()
@@ -292,11 +291,12 @@ def demo(data, seed, iterations=600, batch=256, progress=print):
     one_step, test = [line.T, 0], torch.randn(50_000, 2)
     samples = {}
 
-    def student(net, steps):
-        """Run a stage to its end and keep the average of the generator's weights: an adversary's pupil never sits still."""
-        average = deepcopy(net).requires_grad_(False)
+    def student(net, opt, steps):
+        """Run a stage to its end; an adversary's pupil never sits still, so its rate falls to zero and its weights are averaged."""
+        average, rate = deepcopy(net).requires_grad_(False), opt.param_groups[0]["lr"]
         for losses in steps:
             torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 0.01)
+            opt.param_groups[0]["lr"] = rate * (1 - losses["iteration"] / iterations)
         return average
 
     @torch.no_grad()
@@ -316,20 +316,23 @@ def demo(data, seed, iterations=600, batch=256, progress=print):
         pick = (noise.uniform() * len(x_T)).long()
         return [(noise, x_0[pick], x_T[pick], {})]
 
-    a1 = deepcopy(teacher).requires_grad_(True)
-    keep("a1", student(a1, reflow(a1, adam(a1, 1e-3), line, pairs, iterations)), one_step)
+    def network(source, lr):
+        net = deepcopy(source).requires_grad_(True)
+        return net, adam(net, lr)
 
-    pretrained, heads, pixel, pixel_heads = deepcopy(teacher).requires_grad_(True), mlp_heads(3), Fourier(), mlp_heads(1)
-    pretrained = student(pretrained, adp(
-        pretrained, NetTaps(teacher), heads, pixel, pixel_heads, lambda x: x,
-        (adam(pretrained, 1e-4), adam(heads, 3e-3), adam(pixel_heads, 3e-3)), teacher_schedule, line, pairs, iterations))
+    net, opt = network(teacher, 1e-3)
+    keep("a1", student(net, opt, reflow(net, opt, line, pairs, iterations)), one_step)
+
+    net, opt = network(teacher, 3e-4)
+    heads, pixel, pixel_heads = mlp_heads(3, 256), Fourier(), mlp_heads(1, 128)
+    pretrained = student(net, opt, adp(net, NetTaps(teacher), heads, pixel, pixel_heads, lambda x: x,
+                                       (opt, adam(heads, 3e-3), adam(pixel_heads, 3e-3)), teacher_schedule, line, pairs, iterations))
     keep("adp", pretrained, one_step)
 
-    for name, loss, lr in (("dmdx", "adm", 5e-5), ("dmd", "dmd", 1e-4)):
-        net, fake, heads = deepcopy(pretrained).requires_grad_(True), deepcopy(teacher).requires_grad_(True), mlp_heads(3)
-        keep(name, student(net, adm(
-            net, fake, teacher, NetTaps(teacher), heads, (adam(net, lr), adam(fake, 1e-3), adam(heads, 3e-3)), teacher_schedule, line,
-            one_step, (1.0, 1.0), lambda i: [(draws(2, i), {}, {})], 2 * iterations, loss=loss)), one_step)
+    for name, loss, lr in (("dmdx", "adm", 3e-5), ("dmd", "dmd", 1e-4)):
+        (net, opt), (fake, fake_opt), heads = network(pretrained, lr), network(teacher, 1e-3), mlp_heads(3, 256)
+        keep(name, student(net, opt, adm(net, fake, teacher, NetTaps(teacher), heads, (opt, fake_opt, adam(heads, 3e-3)), teacher_schedule,
+                                         line, one_step, (1.0, 1.0), lambda i: [(draws(2, i), {}, {})], iterations, loss=loss)), one_step)
     return samples
 
 
@@ -338,7 +341,7 @@ def main():
     parser.add_argument("--data", choices=["ring", "grid"], default="ring", help="eight Gaussians on a circle, or twenty-five on a grid")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="out/adm", help="folder for the picture and result.json")
-    parser.add_argument("--iterations", type=int, default=600, help="generator steps of A1 and ADP; the teacher gets three times as many, ADM and DMD twice")
+    parser.add_argument("--iterations", type=int, default=800, help="generator steps of each student; the teacher gets three times as many")
     parser.add_argument("--batch-size", type=int, default=256, help="samples a step; more take longer than the ninety seconds")
     args = parser.parse_args()
     if args.batch_size < 1:

@@ -120,7 +120,9 @@ class Taps(nn.Module):
         kind = type(net).__name__
         if kind not in FAMILIES:
             raise ValueError(f"no taps are known for a {kind}; known backbones: {', '.join(FAMILIES)}")
-        self.net = net.requires_grad_(False).eval()
+        self.net = net.eval()
+        for name, p in net.named_parameters():
+            p.requires_grad_("lora_" in name and p.requires_grad)                 # LoRAs that share the backbone's weights stay as they are
         self.modules_of, self.to_map = FAMILIES[kind]
         self.is_vision = kind in ("SamVisionModel", "Dinov2Model")
 

@@ -52,11 +52,11 @@ class Schedule:
         return cls(ac.sqrt(), (1 - ac).sqrt(), torch.arange(-1, T).clamp(min=0), pred)
 
     @classmethod
-    def straight(cls, T=1000):
-        """ADP's rectified-flow line from x_0 to x_T. The last row is told T - 1, as far as an SDXL teacher ever looked, and
-        what diffusers' flow schedulers tell a network at sigma = 1."""
+    def straight(cls, T=1000, last=None):
+        """ADP's rectified-flow line from x_0 to x_T. `last` is what the network is told at row T: T - 1 unless given, as far as an
+        SDXL teacher ever looked, and what diffusers' scheduler of its students tells it at sigma = 1. SD3 is told T."""
         i = torch.arange(T + 1, dtype=torch.float64)
-        return cls(1 - i / T, i / T, i.clamp(max=T - 1), "flow")
+        return cls(1 - i / T, i / T, i.clamp(max=T - 1 if last is None else last), "flow")
 
     def to(self, device):
         self.alpha, self.sigma, self.timestep = (x.to(device) for x in (self.alpha, self.sigma, self.timestep))
@@ -99,8 +99,8 @@ class Schedule:
 
 
 def both(a, b):
-    """Two (nested) dicts of conditioning tensors -> one, concatenated along the batch."""
-    return {k: both(a[k], b[k]) if isinstance(a[k], dict) else torch.cat([a[k], b[k]]) for k in a}
+    """Two (nested) dicts of conditioning tensors -> one, concatenated along the batch. What is no tensor has no batch."""
+    return {k: both(a[k], b[k]) if isinstance(a[k], dict) else torch.cat([a[k], b[k]]) if torch.is_tensor(a[k]) else a[k] for k in a}
 
 
 def predict(net, schedule, x, i, cond, uncond=None, w=None):

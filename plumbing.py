@@ -9,14 +9,18 @@ import shutil
 import signal
 import sys
 import textwrap
+import warnings
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from types import MethodType
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
 
 # --------------------------------------------------------------------------------------------------------------- errors
 
@@ -131,7 +135,7 @@ class Adam:
 
     def __init__(self, name, params, lr, clip, betas=(0.0, 0.99)):
         self.name, self.params, self.clip = name, [p for p in params if p.requires_grad], clip
-        self.adam = torch.optim.AdamW(self.params, lr, betas=betas, weight_decay=0.0, fused=self.params[0].is_cuda)
+        self.adam = torch.optim.AdamW(self.params, lr, betas=betas, weight_decay=0.0, fused=True)
 
     def step(self):
         if dist.is_initialized():
@@ -148,11 +152,95 @@ class Adam:
         self.adam.zero_grad(set_to_none=True)
 
 
+def checkpointing(net):
+    """Recompute activations in the backward pass, under the adapter the forward pass ran with."""
+    def recompute(module, *args):
+        name = net.__dict__.get("adapter")
+
+        def again(*args):
+            with active(net, name):
+                return module(*args)
+        return checkpoint(again, *args, use_reentrant=False)
+    net.enable_gradient_checkpointing(recompute)
+
+
+@contextmanager
+def active(base, name):
+    """One adapter of `base` (none of them: name None) works inside. Not peft's set_adapter: that also turns requires_grad of all
+    others off, and a backward pass then skips them, silently."""
+    def switch(name):
+        base.__dict__["adapter"] = name
+        for layer in base.__dict__.get("adapted", ()):
+            layer._disable_adapters, layer._active_adapter = name is None, [name]
+    before = base.__dict__.get("adapter")
+    switch(name)
+    try:
+        yield
+    finally:
+        switch(before)
+
+
+class Lora(nn.Module):
+    """A LoRA on a base that others share: called as the base is, its parameters are the adapter's alone. Called directly, the
+    base is what it was, so generator, fake score, real score and backbone are one copy of the frozen weights.
+
+    targets: names of the layers to adapt. The update is scaled by alpha/rank.
+    """
+
+    def __init__(self, base, name, rank, alpha, targets):
+        super().__init__()
+        from peft import LoraConfig
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")   # yes, several adapters
+        trained = [p for p in base.parameters() if p.requires_grad]               # other adapters, which add_adapter would freeze
+        base.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets), name)
+        base.__dict__["adapted"] = [m for m in base.modules() if isinstance(m, BaseTunerLayer)]
+        self.__dict__.update(base=base, name=name, how=(rank, alpha, targets))    # past nn.Module: the base is not a part of this
+        for p in self.parameters():
+            p.data = p.data.float()                                               # also on a bf16 base
+        for p in (*trained, *self.parameters()):
+            p.requires_grad_(True)
+        with active(base, None):
+            pass
+        self.__dict__["config"] = base.config
+
+    def named_parameters(self, *args, **kwargs):
+        return ((k.replace(f".{self.name}.", "."), p) for k, p in self.base.named_parameters() if ".lora_" in k and f".{self.name}." in k)
+
+    def forward(self, *args, **kwargs):
+        with active(self.base, self.name):
+            return self.base(*args, **kwargs)
+
+    def twin(self, name):
+        """Another adapter of the same base with the same weights."""
+        other = Lora(self.base, name, *self.how)
+        with torch.no_grad():
+            torch._foreach_copy_(list(other.parameters()), list(self.parameters()))
+        return other
+
+    def save(self, pipe, folder, prefix):
+        """A file for pipe.load_lora_weights. The strength is folded into B, as a reader without metadata assumes alpha = rank; the
+        names stay peft's, as diffusers' own (lora.down, lora.up) are passed over, silently, in a file that also has lora_A."""
+        rank, alpha, _ = self.how
+        state = {k: p.detach() * (alpha / rank if "lora_B" in k else 1) for k, p in self.named_parameters()}
+        pipe.save_lora_weights(folder, **{f"{prefix}_lora_layers": state})
+
+
+def full_copy(net):
+    """A network's own weights, without the adapters it may carry."""
+    twin = deepcopy(net)
+    if net.__dict__.get("adapted"):
+        twin.unload_lora()
+        twin.__dict__.pop("adapted")
+    return twin
+
+
 class Average:
     """Exponential moving average of a generator's trained weights, as a network to sample from (decay 0: the generator itself)."""
 
     def __init__(self, net, decay):
-        self.source, self.decay, self.net = net, decay, deepcopy(net) if decay else net
+        copy = (lambda: net.twin(f"{net.name}_average")) if isinstance(net, Lora) else lambda: deepcopy(net)
+        self.source, self.decay, self.net = net, decay, copy() if decay else net
 
     def both(self):
         """What a checkpoint holds of the generator."""
@@ -243,22 +331,38 @@ def write_folder(path, files, facts):
         raise Failure(f"{path}: could not write {size:,} bytes ({e}); free some space, then --resume auto") from e
 
 
-def read_folder(path):
-    """-> (facts, {file: {name: tensor}}) of what write_folder wrote. Raises Failure naming the file that is missing, short or altered."""
+def verify(path):
+    """The facts of a folder write_folder wrote, once every file in it is found whole. Raises Failure naming the one that is not."""
     path = Path(path)
     try:
         facts = json.loads((path / "manifest.json").read_text())
         expected = facts["files"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise Failure(f"{path}: no whole checkpoint there (manifest.json is missing or damaged)")
-    files = {}
     for name, stamp in expected:
         file = path / Path(name).name                           # a name with ../ in it stays inside
         if not file.exists() or file.stat().st_size != stamp["bytes"] or sha256(file) != stamp["sha256"]:
             raise Failure(f"{file}: missing, truncated or altered; delete {path} and go on with --resume auto")
-        with safe_open(file, "pt") as f:
-            files[name] = {k: f.get_tensor(k) for k in f.keys()}
-    return facts, files
+    return facts
+
+
+def same_facts(path, found, facts):
+    """Raises Failure if a folder was written by a run that differs from this one in any of `facts`."""
+    for key in facts:
+        if found.get(key) != facts[key]:
+            raise Failure(f"{path}: its {key} is {found.get(key)}, this run's is {facts[key]}; choose the run it belongs to, or remove it")
+
+
+def open_tensors(path, facts, name):
+    """A whole file of a folder that was made with these facts, open for reading: its tensors stay on the disk until asked for."""
+    same_facts(path, verify(path), facts)
+    return safe_open(path / name, "pt")
+
+
+def read_folder(path):
+    """-> (facts, {file: {name: tensor}})."""
+    facts = verify(path)
+    return facts, {name: load_file(Path(path) / Path(name).name) for name in facts["files"]}
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
@@ -287,9 +391,7 @@ def save_checkpoint(folder, facts, nets, optimizers, keep=2):
 def load_checkpoint(path, facts, nets, optimizers):
     """Into place, whole or not at all -> the checkpoint's facts. Raises Failure if it is damaged or of another model or shape."""
     found, files = read_folder(path)
-    differs = [k for k in facts if found.get(k) != facts[k]]
-    if differs:
-        raise Failure(f"{path}: its {differs[0]} is {found.get(differs[0])}, this run's is {facts[differs[0]]}; choose the run it belongs to")
+    same_facts(path, found, facts)
     for name, net in nets.items():
         mine, theirs = trained_state(net), files.get(f"{name}.safetensors", {})
         for k in mine.keys() | theirs.keys():
@@ -318,7 +420,7 @@ def newest_checkpoint(folder, stage):
     """The newest whole checkpoint of a stage, or None. Damaged ones are named and passed over."""
     for path in sorted(Path(folder).glob(f"{stage}-????????"), reverse=True):
         try:
-            read_folder(path)
+            verify(path)
             return path
         except Failure as e:
             print(f"warning: {e}; trying the one before", file=sys.stderr)

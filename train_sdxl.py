@@ -1,12 +1,14 @@
-"""Distil a Stable Diffusion XL pipeline to one step: DMDX (collect ODE pairs, ADP, ADM), or DMD for comparison.
+"""Distil an image pipeline of diffusers to a few steps: DMDX (ODE pairs, ADP, ADM), ADM alone, DMD, or Phased DMD.
 
     python train_sdxl.py                                            # the embedded teacher, on two CPU cores, in minutes
+    python train_sdxl.py --method phased_dmd --out out/phased       # the same teacher, two experts of two steps each
     python train_sdxl.py --model stabilityai/stable-diffusion-xl-base-1.0 --prompts prompts.txt --out out/sdxl \\
         --bf16 --grad-checkpointing --lora-rank 64 --lora-rank-fake 64 --batch-size 1        # one GPU
     torchrun --nproc-per-node 8 train_sdxl.py --model ... (the same flags)                    # eight
+    python train_sdxl.py --model stabilityai/stable-diffusion-3-medium-diffusers ...          # SD3, SD3.5: four steps
 
-Writes to --out: pairs/, checkpoints/, metrics.jsonl, losses.png, samples.png, result.json, and export/, a pipeline that
-stock diffusers samples.
+Writes to --out: prompts/, pairs/, checkpoints/, metrics.jsonl, losses.png, samples.png, result.json, and export/, a
+pipeline that stock diffusers samples.
 """
 import argparse
 import hashlib
@@ -14,7 +16,7 @@ import json
 import math
 import sys
 import time
-from copy import deepcopy
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -23,161 +25,294 @@ from tqdm import tqdm
 import shapes
 from adm import Draws, adm, adp
 from discriminators import Taps, heads_for
-from ode import Schedule, sample
-from plumbing import (Adam, Average, Failure, Output, StopSignal, autocast, barrier, curves, goodbye, grid, load_checkpoint,
-                      newest_checkpoint, quiet, read_folder, read_prompts, run, save_checkpoint, start, usage, world, write_folder)
+from ode import Schedule, both, sample
+from phased_dmd import generate, phased_dmd, split
+from plumbing import (Adam, Average, Failure, Lora, Output, StopSignal, autocast, barrier, checkpointing, curves, full_copy, goodbye, grid,
+                      load_checkpoint, newest_checkpoint, open_tensors, quiet, read_prompts, run, save_checkpoint, start, usage, verify, world,
+                      write_folder)
 
 EMBEDDED = Path(__file__).parent / "teacher"
-SHARD = 256                                                     # pairs in a file
+SHARD = 256                                                     # pairs, or prompts, in a file
+
+# ------------------------------------------------------------------------------------------------------------- families
+
+def encode_sdxl(pipe, prompts, pixels, device):
+    """-> (cond, uncond), the UNet's keyword arguments for these prompts and for no prompt, each batch first."""
+    tokens, no_tokens, pooled, no_pooled = pipe.encode_prompt(prompts, device=device, do_classifier_free_guidance=True)
+    size = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]], dtype=torch.float32, device=device).expand(len(prompts), -1)
+    return tuple(dict(encoder_hidden_states=t, added_cond_kwargs=dict(text_embeds=p, time_ids=size)) for t, p in ((tokens, pooled), (no_tokens, no_pooled)))
+
+
+def encode_sd3(pipe, prompts, pixels, device):
+    """The same for SD3. Without its third text encoder the pipeline itself puts zeros in T5's place."""
+    tokens, no_tokens, pooled, no_pooled = pipe.encode_prompt(prompts, None, None, device=device, do_classifier_free_guidance=True)
+    return tuple(dict(encoder_hidden_states=t, pooled_projections=p) for t, p in ((tokens, pooled), (no_tokens, no_pooled)))
+
+
+def schedulers_sdxl(scheduler, line, steps):
+    """-> (the stock scheduler that does to a student what the trainer did, the arguments its pipeline must be called with)."""
+    from diffusers import DDIMScheduler, UniPCMultistepScheduler
+    if line:                                                    # after ADP: one straight jump, first order, no corrector
+        return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0, solver_order=1,
+                                       disable_corrector=[0], num_train_timesteps=scheduler.config.num_train_timesteps), dict(num_inference_steps=1)
+    return DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False), \
+        dict(num_inference_steps=steps)
+
+
+def schedulers_sd3(scheduler, line, steps):
+    """FlowMatchEuler wants its stops as unshifted sigmas; by their number alone it would choose others."""
+    changed = dict(shift=1.0) if line else {}
+    return type(scheduler).from_config(scheduler.config, **changed), dict(num_inference_steps=steps, sigmas=[1 - k / steps for k in range(steps)])
+
+
+def decode_image(vae, x0):
+    """Latents [B,C,h,w] -> images [B,3,H,W] in [-1,1], with gradient."""
+    return vae.decode(x0 / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0), return_dict=False)[0].float()
+
+
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+# class of the pipeline -> what differs between families. `lora`: layers that get an adapter. `last`: what the network is told at
+# the noisy end of ADP's line. `defaults`: the paper's values where they are not SDXL's, from the network's config.
+PIPELINES = {
+    "StableDiffusionXLPipeline": dict(
+        network="unet", encode=encode_sdxl, schedulers=schedulers_sdxl, decode=decode_image, last=999,
+        lora=[*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"], defaults=lambda config: {}),
+    "StableDiffusion3Pipeline": dict(
+        network="transformer", encode=encode_sd3, schedulers=schedulers_sd3, decode=decode_image, last=1000,
+        lora=[*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"],
+        defaults=lambda config: dict(steps=4, lr_generator=1e-8, guidance=[3.0, 4.0]) if config["num_layers"] == 38 else
+        dict(steps=4, lr_generator=1e-6, lora_rank=64)),
+}
+
+# Phased DMD's own values (arXiv 2510.27684): 64 samples an iteration, here in micro-batches of 4 on one rank.
+PHASED = dict(steps=4, ttur=5, lr_generator=5e-5, lora_rank=64, lora_alpha=8.0, lr_fake=4e-7, accumulate=16)
 
 # What the embedded teacher wants instead of the paper's values: three orders of magnitude fewer weights and iterations.
 SHAPES = dict(pairs=2048, pair_steps=20, pair_guidance=3.0, iterations_adp=1000, iterations_adm=200, batch_size=32,
               lr_generator_adp=3e-4, lr_generator=2e-5, lr_fake=1e-3, lr_discriminator=1e-3, guidance=[2.0, 4.0], ema=0.99, head_channels=64,
               pixel_backbone=str(EMBEDDED / "vision_encoder"), sample_every=250, save_every=250)
+SHAPES_PHASED = dict(SHAPES, iterations_phase=150, lr_generator=1e-4, lora_rank=0, accumulate=1)
 
 
-def parse():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+def parse(doc, pipelines, embedded):
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.error = lambda message: usage([message])
     g = p.add_argument_group("what")
-    g.add_argument("--model", help="local directory or hub id of an SDXL pipeline (default: the embedded teacher of captioned shapes, "
-                                   "which brings settings of its own)")
-    g.add_argument("--prompts", help="text file, one prompt a line (default for the embedded teacher: its captions)")
-    g.add_argument("--method", choices=["dmdx", "dmd"], default="dmdx", help="loss of the last stage: ADM, or the DMD it replaces (ablation B3)")
-    g.add_argument("--stage", choices=["all", "pairs", "adp", "adm"], default="all", help="all is DMDX: pairs, adp, adm; adm alone starts "
-                   "from a finished adp in --out, or, without one, from the teacher (ablation B1)")
+    g.add_argument("--model", help="local directory or hub id of a pipeline: " + ", ".join(pipelines) + (
+        " (default: the embedded teacher of captioned shapes, which brings settings of its own)" if embedded else ""))
+    g.add_argument("--prompts", help="text file, one prompt a line" + (" (default for the embedded teacher: its captions)" if embedded else ""))
+    g.add_argument("--method", choices=["dmdx", "dmd", "phased_dmd"], default="dmdx", help="dmdx: ADP, then ADM. dmd: ADP, then the DMD that ADM "
+                   "replaces (ablation B3). phased_dmd: experts by noise level, neither ADP nor discriminator")
+    g.add_argument("--stage", choices=["all", "pairs", "adp", "adm"], default="all", help="all: pairs, adp, adm for a student of one step, and adm "
+                   "alone for one of more, since ADP is one-step only. adm starts from a finished adp in --out or, without one, from the "
+                   "teacher (ablation B1)")
     g.add_argument("--out", default="out/sdxl", help="where everything is written")
     g.add_argument("--resume", metavar="auto|CHECKPOINT", help="go on from the newest whole checkpoint in --out (auto), or from this one")
     g.add_argument("--seed", type=int, default=0)
+    g.add_argument("--resolution", type=int, help="pixels (default: the model's own, 1024)")
     g = p.add_argument_group("ODE pairs")
     g.add_argument("--pairs", type=int, default=16384, help="how many to collect (paper: silent)")
     g.add_argument("--pair-steps", type=int, default=25, help="teacher's steps, second-order multistep (paper: teacher of 25 steps, Tab. 1)")
     g.add_argument("--pair-guidance", type=float, default=7.0, help="teacher's CFG (paper: as in its own sampling)")
-    g.add_argument("--resolution", type=int, help="pixels (default: the model's own, 1024)")
     g = p.add_argument_group("optimisation")
     g.add_argument("--iterations-adp", type=int, default=8000, help="paper: 8000 (Tab. 7)")
     g.add_argument("--iterations-adm", type=int, default=8000, help="paper: 8000 (Tab. 7)")
-    g.add_argument("--iterations", type=int, help="both at once")
+    g.add_argument("--iterations-phase", type=int, default=1000, help="of each phase of Phased DMD (choice)")
+    g.add_argument("--iterations", type=int, help="all of these at once")
     g.add_argument("--batch-size", type=int, default=4, help="samples a rank and micro-batch (paper: 4 on each of 32 GPUs, Tab. 7)")
-    g.add_argument("--accumulate", type=int, default=1, help="micro-batches an iteration")
+    g.add_argument("--accumulate", type=int, default=1, help="micro-batches an iteration (Phased DMD: 16, for the paper's 64 samples on one rank)")
     g.add_argument("--lr-generator-adp", type=float, default=1e-6, help="paper: 1e-6 (B.5)")
-    g.add_argument("--lr-generator", type=float, default=1e-7, help="in ADM; paper: 1e-7 (B.5)")
-    g.add_argument("--lr-fake", type=float, default=1e-6, help="paper: 1e-6 (B.5)")
+    g.add_argument("--lr-generator", type=float, default=1e-7, help="in ADM; paper: SDXL 1e-7, SD3-Medium 1e-6, SD3.5-Large 1e-8, CogVideoX 1e-7 "
+                   "(B.5); Phased DMD 5e-5")
+    g.add_argument("--lr-fake", type=float, default=1e-6, help="paper: 1e-6 (B.5); Phased DMD 4e-7")
     g.add_argument("--lr-discriminator", type=float, default=5e-6, help="paper: 5e-6 (B.5)")
     g.add_argument("--clip", type=float, default=1.0, help="largest gradient norm, 0 for none (choice)")
     g.add_argument("--ema", type=float, default=0.0, help="decay of the generator's average that is sampled and exported, 0 for none (choice)")
     g = p.add_argument_group("method")
-    g.add_argument("--guidance", type=float, nargs=2, default=[6.0, 8.0], metavar=("LO", "HI"), help="CFG range of the real score; paper: 6 8 (B.5)")
-    g.add_argument("--steps", type=int, default=1, help="of the student; paper: 1 for SDXL; more than 1 skips ADP, which is one-step only")
-    g.add_argument("--ttur", type=int, default=1, help="fake-score updates a generator update; paper: 1 (Tab. 5)")
+    g.add_argument("--guidance", type=float, nargs=2, default=[6.0, 8.0], metavar=("LO", "HI"), help="CFG range of the real score; paper: 6 8, "
+                   "SD3.5-Large 3 4, CogVideoX 5 7 (B.5)")
+    g.add_argument("--steps", type=int, default=1, help="of the student; paper: SDXL 1, SD3 4, CogVideoX 8, Phased DMD 4")
+    g.add_argument("--ttur", type=int, default=1, help="fake-score updates a generator update; paper: 1 (Tab. 5); Phased DMD 5")
     g.add_argument("--lambdas", type=float, nargs=2, default=[0.85, 0.15], metavar=("LATENT", "PIXEL"), help="ADP weights; paper: 0.85 0.15")
     g.add_argument("--head-channels", type=int, default=256, help="width of a discriminator head (choice)")
     g.add_argument("--pixel-backbone", default="facebook/sam-vit-base", help="id or directory of a SAM (paper) or DINOv2 (ablation A2) model")
+    g = p.add_argument_group("Phased DMD")
+    g.add_argument("--phases", type=int, default=2, help="experts, each with an equal part of --steps; paper: 2")
+    g.add_argument("--weighting", choices=["dmd", "paper"], default="dmd", help="of the generator's gradient (phased_dmd.kl_gradient)")
+    g.add_argument("--clamp", type=float, nargs=2, default=[0.0, 10.0], metavar=("LO", "HI"), help="range of the fake score's weight; paper: 0 10 (Eq. 13)")
+    g.add_argument("--narrow", action="store_true", help="scores only inside the phase's interval, not on all of (s, T] (paper: worse)")
     g = p.add_argument_group("memory")
-    g.add_argument("--lora-rank", type=int, default=0, help="train the generator as a LoRA of this rank (0: fully, as the paper does)")
+    g.add_argument("--lora-rank", type=int, default=0, help="train the generator as a LoRA of this rank on the teacher itself (0: fully; paper: SD3-Medium by "
+                   "LoRA, rank not given; Phased DMD 64)")
     g.add_argument("--lora-rank-fake", type=int, default=0, help="the same for the fake score")
+    g.add_argument("--lora-alpha", type=float, help="strength of both, alpha/rank (default: the rank; Phased DMD 8)")
     g.add_argument("--bf16", action="store_true", help="bf16 arithmetic, frozen weights stored in bf16 (paper: yes, B.4)")
     g.add_argument("--grad-checkpointing", action="store_true", help="recompute activations in the backward pass (paper: yes, B.4)")
     g = p.add_argument_group("watching")
     g.add_argument("--save-every", type=int, default=500)
     g.add_argument("--sample-every", type=int, default=500)
 
-    known, _ = p.parse_known_args()
-    if known.model is None:
-        p.set_defaults(**SHAPES)
-    args, unknown = p.parse_known_args()
-    wrong = [f"unknown flag {' '.join(unknown)}"] if unknown else []
+    known, unknown = p.parse_known_args()
+    nowhere = None
+    if known.model:
+        try:
+            row = pipelines[pipeline_class(known.model, pipelines)]
+            p.set_defaults(**row["defaults"](pipeline_config(known.model, row["network"])))
+        except Failure as e:                                    # told after the flags, all of which come first
+            nowhere = e
+    if known.method == "phased_dmd":
+        p.set_defaults(**PHASED)
+    if known.model is None and embedded:
+        p.set_defaults(**SHAPES_PHASED if known.method == "phased_dmd" else SHAPES)
+    args, _ = p.parse_known_args()
     if args.iterations is not None:
-        args.iterations_adp = args.iterations_adm = args.iterations
-    flag = lambda name: f"--{name.replace('_', '-')} {getattr(args, name)}"
-    wrong += [f"{flag(n)}: must be above 0" for n in ("pairs", "pair_steps", "iterations_adp", "iterations_adm", "batch_size", "accumulate",
-              "lr_generator_adp", "lr_generator", "lr_fake", "lr_discriminator", "steps", "ttur", "head_channels", "save_every", "sample_every")
-              if not (getattr(args, n) > 0 and math.isfinite(getattr(args, n)))]
-    wrong += [f"{flag(n)}: must be 0 or above" for n in ("clip", "lora_rank", "lora_rank_fake", "seed", "pair_guidance") if getattr(args, n) < 0]
-    wrong += [f"{flag('ema')}: must be in [0, 1)"] * (not 0 <= args.ema < 1)
-    wrong += [f"--guidance {args.guidance[0]} {args.guidance[1]}: LO is above HI"] * (args.guidance[0] > args.guidance[1])
-    wrong += ["--lambdas: weights must be 0 or above, one of them above"] * (min(args.lambdas) < 0 or max(args.lambdas) == 0)
-    wrong += [f"{flag('steps')}: ADP is one-step only; use --stage adm"] * (args.steps > 1 and args.stage != "adm")
-    wrong += ["--prompts is needed with --model: a text file, one prompt a line"] * (args.model is not None and args.prompts is None)
-    wrong += [f"{flag('pairs')}: the embedded teacher's table needs at least 2"] * (args.model is None and args.pairs == 1)
+        args.iterations_adp = args.iterations_adm = args.iterations_phase = args.iterations
+    wrong = problems(args, unknown, embedded)
     if wrong:
         usage(wrong)
+    if nowhere:
+        raise nowhere
     return args
+
+
+def problems(args, unknown, embedded):
+    """Every flag that is wrong, one sentence each."""
+    wrong = [f"unknown flag {' '.join(unknown)}"] if unknown else []
+    flag = lambda name: f"--{name.replace('_', '-')} {getattr(args, name)}"
+    wrong += [f"{flag(n)}: must be above 0" for n in (
+        "pairs", "pair_steps", "iterations_adp", "iterations_adm", "iterations_phase", "batch_size", "accumulate", "lr_generator_adp", "lr_generator", "lr_fake",
+        "lr_discriminator", "steps", "ttur", "head_channels", "phases", "save_every", "sample_every")
+        if not (getattr(args, n) > 0 and math.isfinite(getattr(args, n)))]
+    wrong += [f"{flag(n)}: must be 0 or above" for n in ("clip", "lora_rank", "lora_rank_fake", "seed", "pair_guidance") if not getattr(args, n) >= 0]
+    wrong += [f"{flag('lora_alpha')}: must be above 0"] * (args.lora_alpha is not None and not args.lora_alpha > 0)
+    wrong += [f"{flag('ema')}: must be in [0, 1)"] * (not 0 <= args.ema < 1)
+    wrong += [f"--{name} {low} {high}: LO is above HI" for name, (low, high) in (("guidance", args.guidance), ("clamp", args.clamp)) if not low <= high]
+    wrong += ["--lambdas: weights must be 0 or above, one of them above"] * (not (min(args.lambdas) >= 0 and max(args.lambdas) > 0))
+    wrong += [f"{flag('steps')}: ADP is one-step only; use --stage adm"] * (args.steps > 1 and args.stage == "adp")
+    if args.method == "phased_dmd":
+        wrong += [f"{flag('stage')}: Phased DMD has no such stage; leave the flag out"] * (args.stage in ("adp", "adm"))
+        wrong += [f"{flag('phases')}: must divide --steps {args.steps}"] * (args.phases > 0 and args.steps % args.phases > 0)
+    wrong += ["--model is needed: a local directory or hub id"] * (args.model is None and not embedded)
+    wrong += ["--prompts is needed with --model: a text file, one prompt a line"] * (args.model is not None and args.prompts is None)
+    wrong += [f"{flag('pairs')}: the embedded teacher's table needs at least 2"] * (args.model is None and args.pairs == 1)
+    return wrong
 
 
 # -------------------------------------------------------------------------------------------------------------- teacher
 
 class Teacher:
-    """An SDXL pipeline taken apart for distillation: `unet` (frozen), `schedule`, prompt embeddings, `decode`, and the `shape` of a
-    latent. The text encoders are freed once the prompts are embedded. Raises Failure if --model is no SDXL pipeline."""
+    """A pipeline taken apart for distillation: `net` (frozen), `schedule`, prompt embeddings, `decode`, and the `shape` of a latent.
+    The text encoders are freed once the prompts are embedded."""
 
-    def __init__(self, args, prompts, device):
-        pipe = load_pipeline(args)
-        pipe.to(device)
-        self.prompts, self.device, self.unet, self.vae = prompts, device, pipe.unet, pipe.vae
+    def __init__(self, args, out, prompts, device, pipelines):
+        pipe = load_pipeline(args, pipelines)
+        self.family = pipelines[type(pipe).__name__]
+        self.prompts, self.device, self.vae = prompts, device, pipe.vae.to(device)
+        self.net = getattr(pipe, self.family["network"]).to(device)
         self.schedule = Schedule.from_diffusers(pipe.scheduler).to(device)
-        self.line = Schedule.straight(self.schedule.T).to(device)
-        pixels = args.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor
-        if pixels % (4 * pipe.vae_scale_factor):
-            raise Failure(f"--resolution {pixels}: this model needs a multiple of {4 * pipe.vae_scale_factor}")
-        self.shape = (pipe.unet.config.in_channels, pixels // pipe.vae_scale_factor, pixels // pipe.vae_scale_factor)
-        self.size = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]], dtype=torch.float32, device=device)
-        self.embed(pipe)
+        self.line = Schedule.straight(self.schedule.T, self.family["last"]).to(device)
+        pixels, multiple = args.resolution or self.net.config.sample_size * pipe.vae_scale_factor, 4 * pipe.vae_scale_factor
+        if pixels % multiple:
+            raise Failure(f"--resolution {pixels}: this model needs a multiple of {multiple}")
+        self.shape = (self.net.config.in_channels, pixels // pipe.vae_scale_factor, pixels // pipe.vae_scale_factor)
         # what pairs and checkpoints are marked with: a hash of up to 2,000 values from each of the teacher's tensors
-        some = [p.detach().flatten()[::1 + p.numel() // 1000] for p in self.unet.parameters()]
+        some = [p.detach().flatten()[::1 + p.numel() // 1000] for p in self.net.parameters()]
         self.mark = hashlib.sha256(torch.cat(some).cpu().numpy().tobytes()).hexdigest()[:16]
+        self.facts = dict(teacher=self.mark, prompts=hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16], shape=list(self.shape))
+        self.embed(pipe, out, pixels)
 
     @torch.no_grad()
-    def embed(self, pipe):
+    def embed(self, pipe, out, pixels):
+        """prompts/: embeddings in shards, made by all ranks together, then read from the disk as they are needed."""
         long = sum(len(pipe.tokenizer(p).input_ids) > pipe.tokenizer.model_max_length for p in self.prompts)
         if long and world()[0] == 0:
             print(f"warning: {long} of {len(self.prompts)} prompts are longer than {pipe.tokenizer.model_max_length} tokens and are cut there", file=sys.stderr)
-        tokens, pooled = [], []
-        for i in range(0, len(self.prompts), 64):
-            token, no_token, pool, no_pool = pipe.encode_prompt(self.prompts[i:i + 64], device=self.device, do_classifier_free_guidance=True)
-            tokens.append(token.cpu()), pooled.append(pool.cpu())
-        self.tokens, self.pooled = torch.cat(tokens), torch.cat(pooled)                   # [n,77,2048], [n,1280] on the host
-        self.no_token, self.no_pool = no_token[:1], no_pool[:1]                           # of the empty prompt
+        (rank, ranks), n = world(), len(self.prompts)
+        pipe.to(self.device)
+        encode = lambda prompts: self.family["encode"](pipe, prompts, pixels, self.device)
+        for k in range(rank, math.ceil(n / SHARD), ranks):
+            path, parts = out.path / "prompts" / f"{k:05d}", range(k * SHARD, min((k + 1) * SHARD, n), 64)
+            if not path.exists():
+                conds = [encode(self.prompts[i:i + 64])[0] for i in parts]
+                write_folder(path, {"embeddings.safetensors": flat(reduce(both, conds))}, self.facts)
+        _, self.empty = encode(self.prompts[:1])
+        barrier()
+        self.shards = [open_tensors(out.path / "prompts" / f"{k:05d}", self.facts, "embeddings.safetensors") for k in range(math.ceil(n / SHARD))]
 
     def cond(self, index):
-        """LongTensor [B] of prompts -> the UNet's conditioning for that batch."""
-        index = index.cpu()
-        return dict(encoder_hidden_states=self.tokens[index].to(self.device), added_cond_kwargs=dict(
-            text_embeds=self.pooled[index].to(self.device), time_ids=self.size.expand(len(index), -1)))
+        """LongTensor [B] of prompts -> the network's conditioning for that batch."""
+        places = [(self.shards[i // SHARD], i % SHARD) for i in index.tolist()]
+        return nested({name: torch.cat([file.get_slice(name)[i:i + 1] for file, i in places]).to(self.device) for name in self.shards[0].keys()})
 
     def uncond(self, n):
         """The empty prompt, n times."""
-        return dict(encoder_hidden_states=self.no_token.expand(n, -1, -1), added_cond_kwargs=dict(
-            text_embeds=self.no_pool.expand(n, -1), time_ids=self.size.expand(n, -1)))
+        return nested({name: value.expand(n, *value.shape[1:]) for name, value in flat(self.empty).items()})
 
     def decode(self, x0):
-        """Latents [B,4,h,w] -> images [B,3,H,W] in [-1,1], with gradient."""
-        return self.vae.decode(x0 / self.vae.config.scaling_factor, return_dict=False)[0].float()
+        return self.family["decode"](self.vae, x0)
 
     @torch.no_grad()
-    def solve(self, net, schedule, rows, x_T, index, batch, w=None, order=1):
-        """The PF-ODE of `net` for any number of latents on the host, `batch` at a time on the device."""
-        return torch.cat([sample(net, schedule, x.to(self.device), rows, self.cond(i), self.uncond(len(x)), w, order).cpu()
+    def draw(self, sampler, x_T, index, batch):
+        """Any number of latents on the host through sampler(x_T, cond, uncond), `batch` at a time on the device."""
+        return torch.cat([sampler(x.to(self.device), self.cond(i), self.uncond(len(x))).cpu()
                           for x, i in zip(x_T.split(batch), index.split(batch))])
+
+    def sampler(self, rows, w, order=1):
+        """The teacher's own, with guidance."""
+        return lambda x, cond, uncond: sample(self.net, self.schedule, x, rows, cond, uncond, w, order)
 
     @torch.no_grad()
     def images(self, x0, batch=16):
         return torch.cat([self.decode(x.to(self.device)).cpu() for x in x0.split(batch)])
 
 
-def load_pipeline(args):
-    quiet()                                                     # before the import, which has things to say
-    from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
-    path = str(args.model or EMBEDDED)
+def flat(cond, prefix=""):
+    """{"a": {"b": x}} -> {"a/b": x}, as a file keeps it; `nested` is the way back."""
+    return {k: v for name, value in cond.items() for k, v in (
+        flat(value, f"{prefix}{name}/") if isinstance(value, dict) else {prefix + name: value}).items()}
+
+
+def nested(values):
+    cond = {}
+    for name, value in values.items():
+        *path, last = name.split("/")
+        reduce(lambda at, key: at.setdefault(key, {}), path, cond)[last] = value
+    return cond
+
+
+def pipeline_class(path, pipelines):
+    """The class a pipeline's model_index.json names. Raises Failure if there is none, or if it has no row in `pipelines`."""
+    kind = pipeline_config(path, "").get("_class_name")
+    if kind not in pipelines:
+        raise Failure(f"--model {path}: a {kind}; give a {' or a '.join(pipelines)}")
+    return kind
+
+
+def pipeline_config(path, folder):
+    """model_index.json of a pipeline, or the config of the network in one of its folders; from the disk, or the hub."""
+    name = f"{folder}/config.json" if folder else "model_index.json"
     try:
-        kind = DiffusionPipeline.load_config(path).get("_class_name")
+        if Path(path).exists():
+            return json.loads((Path(path) / name).read_text())
+        from huggingface_hub import hf_hub_download
+        return json.loads(Path(hf_hub_download(path, name)).read_text())
     except (OSError, ValueError) as e:
         raise Failure(f"--model {path}: no such pipeline, here or on the hub; give a directory with a model_index.json, or a hub id") from e
-    if kind != "StableDiffusionXLPipeline":
-        raise Failure(f"--model {path}: a {kind}, not a StableDiffusionXLPipeline; give an SDXL model")
-    pipe = StableDiffusionXLPipeline.from_pretrained(path, add_watermarker=False).to(torch.float32)
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
-        part.requires_grad_(False).eval()
+
+
+def load_pipeline(args, pipelines):
+    """The whole pipeline, frozen, in float32, on the host. Raises Failure if --model is none, or not a whole one."""
+    quiet()                                                     # before the import, which has things to say
+    import diffusers
+    path = str(args.model or EMBEDDED)
+    kind = pipeline_class(path, pipelines)
+    try:
+        pipe = getattr(diffusers, kind).from_pretrained(path, **dict(add_watermarker=False) if "XL" in kind else {}).to(torch.float32)
+    except (OSError, ValueError) as e:
+        raise Failure(f"--model {path}: not a whole pipeline ({str(e).splitlines()[0]}); download it again") from e
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False).eval()
     return pipe
 
 
@@ -194,16 +329,14 @@ def load_vision_encoder(path, device):
     return classes[kind].from_pretrained(path).to(device, torch.float32)
 
 
-def trainable(unet, rank):
-    """A copy of the teacher to train: all of it, or a LoRA on its attention and feed-forward layers."""
-    net = deepcopy(unet).float()
+def trainable(args, teacher, name, rank):
+    """A network that starts as the teacher: a copy of all of it to train, or a LoRA on the teacher's own weights."""
     if rank:
-        from peft import LoraConfig
-        net.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=[
-            "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]))
-    else:
-        net.requires_grad_(True)
-    return net
+        return Lora(teacher.net, name, rank, args.lora_alpha or rank, teacher.family["lora"])
+    net = full_copy(teacher.net).float().requires_grad_(True)
+    if args.grad_checkpointing:
+        checkpointing(net)
+    return autocast(net, teacher.device, args.bf16)
 
 
 # --------------------------------------------------------------------------------------------------------------- stages
@@ -211,14 +344,14 @@ def trainable(unet, rank):
 def collect_pairs(args, out, teacher, stop):
     """Stage `pairs`: shards of (x_T, x_0, prompt). A shard is a function of seed and index, so a killed stage goes on where it was."""
     (rank, ranks), shards = world(), math.ceil(args.pairs / SHARD)
-    rows, facts = teacher.schedule.rows(args.pair_steps), pair_facts(args, teacher)
+    sampler, facts = teacher.sampler(teacher.schedule.rows(args.pair_steps), args.pair_guidance, order=2), pair_facts(args, teacher)
     for first in tqdm(range(0, shards, ranks), desc="pairs", unit="round", disable=rank > 0):
         k = first + rank
         path = out.path / "pairs" / f"{k:05d}"
         if k < shards and not path.exists():
             draws = Draws((args.seed, 0), 0, range(k * SHARD, min((k + 1) * SHARD, args.pairs)), teacher.shape)
             x_T, prompt = draws.normal(), draws.rows(0, len(teacher.prompts) - 1)
-            x_0 = teacher.solve(teacher.unet, teacher.schedule, rows, x_T, prompt, 2 * args.batch_size, args.pair_guidance, order=2)
+            x_0 = teacher.draw(sampler, x_T, prompt, 2 * args.batch_size)
             write_folder(path, {"pairs.safetensors": dict(x_T=x_T, x_0=x_0, prompt=prompt)}, facts)
         if stop:                                                # asked of all ranks together
             return False
@@ -226,31 +359,26 @@ def collect_pairs(args, out, teacher, stop):
 
 
 def pair_facts(args, teacher):
-    prompts = hashlib.sha256("\n".join(teacher.prompts).encode()).hexdigest()[:16]
-    return dict(teacher=teacher.mark, prompts=prompts, steps=args.pair_steps, guidance=args.pair_guidance, seed=args.seed, shape=list(teacher.shape))
+    return dict(teacher.facts, steps=args.pair_steps, guidance=args.pair_guidance, seed=args.seed)
 
 
 def load_pairs(args, out, teacher):
-    """All shards -> (x_T, x_0, prompt) on the host. Raises Failure naming a shard that is damaged, or of another teacher or setting."""
-    parts, facts = [], pair_facts(args, teacher)
-    for k in range(math.ceil(args.pairs / SHARD)):
-        path = out.path / "pairs" / f"{k:05d}"
+    """All shards -> (x_T, x_0, prompt) on the host. Raises Failure naming a shard that is missing, damaged, or of another teacher or setting."""
+    paths = [out.path / "pairs" / f"{k:05d}" for k in range(math.ceil(args.pairs / SHARD))]
+    for path in paths:
         if not path.exists():
             raise Failure(f"{path}: missing; collect the pairs with --stage pairs --resume auto")
-        found, files = read_folder(path)
-        for key in facts:
-            if found.get(key) != facts[key]:
-                raise Failure(f"{path}: collected with {key} {found.get(key)}, this run has {facts[key]}; remove {out.path}/pairs or change the flags")
-        parts.append(files["pairs.safetensors"])
-    return tuple(torch.cat([p[k] for p in parts])[:args.pairs] for k in ("x_T", "x_0", "prompt"))
+    files = [open_tensors(path, pair_facts(args, teacher), "pairs.safetensors") for path in paths]
+    return tuple(torch.cat([f.get_tensor(k) for f in files])[:args.pairs] for k in ("x_T", "x_0", "prompt"))
 
 
-def draws_of(args, teacher, stage, iteration):
-    """This rank's micro-batches of an iteration: its samples' places in the global batch, and with them their random numbers."""
+def micro_batches(args, teacher, stage, iteration):
+    """This rank's micro-batches (draws, cond, uncond) of an iteration: the places of its samples in the global batch make its random numbers."""
     rank, ranks = world()
     for m in range(args.accumulate):
         first = (m * ranks + rank) * args.batch_size
-        yield Draws((args.seed, stage), iteration, range(first, first + args.batch_size), teacher.shape, teacher.device)
+        draws = Draws((args.seed, stage), iteration, range(first, first + args.batch_size), teacher.shape, teacher.device)
+        yield draws, teacher.cond(draws.rows(0, len(teacher.prompts) - 1)), teacher.uncond(args.batch_size)
 
 
 def run_adp(args, out, teacher, generator, average, facts, checkpoint, look, stop):
@@ -259,7 +387,7 @@ def run_adp(args, out, teacher, generator, average, facts, checkpoint, look, sto
     torch.manual_seed(args.seed)
     vision = autocast(load_vision_encoder(args.pixel_backbone, teacher.device), teacher.device, args.bf16)
     one = torch.zeros(1, *teacher.shape, device=teacher.device)
-    heads = heads_for(teacher.unet, one, args.head_channels, timestep=torch.zeros(1), **teacher.cond(prompt[:1])).to(teacher.device)
+    heads = heads_for(teacher.net, one, args.head_channels, timestep=torch.zeros(1), **teacher.uncond(1)).to(teacher.device)
     pixel_heads = heads_for(vision, torch.zeros(1, 3, vision.config.image_size, vision.config.image_size), args.head_channels).to(teacher.device)
     optimizers = (Adam("generator", generator.parameters(), args.lr_generator_adp, args.clip),
                   Adam("latent heads", heads.parameters(), args.lr_discriminator, args.clip),
@@ -269,42 +397,92 @@ def run_adp(args, out, teacher, generator, average, facts, checkpoint, look, sto
     begin = load_checkpoint(checkpoint, facts, nets, optimizers)["iteration"] if checkpoint else 0
 
     def batches(iteration):
-        for draws in draws_of(args, teacher, 1, iteration):
+        rank, ranks = world()
+        for m in range(args.accumulate):
+            first = (m * ranks + rank) * args.batch_size
+            draws = Draws((args.seed, 1), iteration, range(first, first + args.batch_size), teacher.shape, teacher.device)
             pick = draws.rows(0, len(prompt) - 1).cpu()
             yield draws, x_0[pick].to(teacher.device), x_T[pick].to(teacher.device), teacher.cond(prompt[pick])
 
-    steps = adp(generator, Taps(teacher.unet), heads, Taps(vision), pixel_heads, teacher.decode, optimizers, teacher.schedule, teacher.line,
+    steps = adp(generator, Taps(teacher.net), heads, Taps(vision), pixel_heads, teacher.decode, optimizers, teacher.schedule, teacher.line,
                 lambda i: list(batches(i)), args.iterations_adp, begin, args.lambdas)
-    return follow(args, out, "adp", steps, args.iterations_adp, (nets, optimizers, average, facts, teacher.line), look, stop)
+    show = lambda name: look(name, [(average.net, teacher.line.rows(1))], teacher.line)
+    return follow(args, out, "adp", steps, args.iterations_adp, nets, optimizers, average, facts, show, stop)
 
 
 def run_adm(args, out, teacher, generator, average, student_schedule, facts, checkpoint, look, stop):
     """Stage `adm` (or DMD in its place) -> False if it was stopped early."""
     torch.manual_seed(args.seed)
-    fake_score = autocast(trainable(teacher.unet, args.lora_rank_fake), teacher.device, args.bf16)
+    fake_score = trainable(args, teacher, "fake", args.lora_rank_fake)
     one = torch.zeros(1, *teacher.shape, device=teacher.device)
-    heads = heads_for(teacher.unet, one, args.head_channels, timestep=torch.zeros(1), **teacher.uncond(1)).to(teacher.device)
-    facts = dict(facts, method=args.method)
+    heads = heads_for(teacher.net, one, args.head_channels, timestep=torch.zeros(1), **teacher.uncond(1)).to(teacher.device)
     optimizers = (Adam("generator", generator.parameters(), args.lr_generator, args.clip),
                   Adam("fake score", fake_score.parameters(), args.lr_fake, args.clip),
                   Adam("latent heads", heads.parameters(), args.lr_discriminator, args.clip))
     nets = dict(average.both(), fake_score=fake_score, heads=heads)
     autocast(heads, teacher.device, args.bf16)
-    found = load_checkpoint(checkpoint, facts, nets, optimizers) if checkpoint else dict(iteration=0, global_iter=0)
-
-    def batches(iteration):
-        for draws in draws_of(args, teacher, 2, iteration):
-            yield draws, teacher.cond(draws.rows(0, len(teacher.prompts) - 1)), teacher.uncond(args.batch_size)
-
-    steps = adm(generator, fake_score, teacher.unet, Taps(teacher.unet), heads, optimizers, teacher.schedule, student_schedule,
-                student_schedule.rows(args.steps), args.guidance, lambda i: list(batches(i)), args.iterations_adm,
+    found = load_checkpoint(checkpoint, dict(facts, method=args.method), nets, optimizers) if checkpoint else dict(iteration=0, global_iter=0)
+    rows = student_schedule.rows(args.steps)
+    steps = adm(generator, fake_score, teacher.net, Taps(teacher.net), heads, optimizers, teacher.schedule, student_schedule,
+                rows, args.guidance, lambda i: list(micro_batches(args, teacher, 2, i)), args.iterations_adm,
                 (found["iteration"], found["global_iter"]), args.ttur, loss="dmd" if args.method == "dmd" else "adm")
-    return follow(args, out, "adm", steps, args.iterations_adm, (nets, optimizers, average, facts, student_schedule), look, stop)
+    show = lambda name: look(name, [(average.net, rows)], student_schedule)
+    return follow(args, out, "adm", steps, args.iterations_adm, nets, optimizers, average, dict(facts, method=args.method), show, stop)
 
 
-def follow(args, out, stage, steps, iterations, state, look, stop):
-    """The body of both stages' loops: average, log, save, look. state: (nets, optimizers, average, facts, student_schedule)."""
-    nets, optimizers, average, facts, schedule = state
+def run_dmdx(args, out, teacher, checkpoint, reached, look, stop):
+    """ADP, then ADM or DMD -> ([(student, rows)], its schedule), or None if it was stopped early or ends before ADM."""
+    generator = trainable(args, teacher, "generator", args.lora_rank)
+    average = Average(generator, args.ema)
+    facts = dict(teacher.facts, steps=args.steps, lora_rank=args.lora_rank, seed=args.seed)
+    if args.stage in ("all", "adp") and args.steps == 1 and reached != "adm":
+        if not run_adp(args, out, teacher, generator, average, facts, checkpoint, look, stop):
+            return goodbye(out)
+    elif reached != "adm" and (path := newest_checkpoint(out.path / "checkpoints", "adp")):
+        if load_checkpoint(path, facts, average.both(), ())["iteration"] < args.iterations_adp:
+            raise Failure(f"{path}: ADP is not finished there; finish it with --stage adp --resume auto, or give its length as --iterations-adp")
+    if args.stage == "adp":
+        return print("adp is done; go on with --stage adm --resume auto")
+    student_schedule = teacher.line if newest_checkpoint(out.path / "checkpoints", "adp") else teacher.schedule
+    if reached != "adm":
+        average.restart()                                       # ADM starts from what ADP's average had become
+    if not run_adm(args, out, teacher, generator, average, student_schedule, facts, checkpoint if reached == "adm" else None, look, stop):
+        return goodbye(out)
+    return [(average.net, student_schedule.rows(args.steps))], student_schedule
+
+
+def run_phases(args, out, teacher, checkpoint, reached, look, stop):
+    """Phased DMD, noisiest phase first -> ([(expert, rows), ...], the teacher's schedule), or None if it was stopped early."""
+    rows, experts = teacher.schedule.rows(args.steps), []
+    size = args.steps // args.phases
+    for k, phase in enumerate(split(rows, rows[size:-1:size]), 1):
+        torch.manual_seed(args.seed)
+        stage, facts = f"phase{k}", dict(teacher.facts, steps=args.steps, phases=args.phases, lora_rank=args.lora_rank, seed=args.seed,
+                                         method=args.method, weighting=args.weighting)
+        generator = trainable(args, teacher, stage, args.lora_rank)
+        average = Average(generator, args.ema)
+        if reached and stage < reached:                         # finished before this run
+            path = newest_checkpoint(out.path / "checkpoints", stage)
+            if path is None or load_checkpoint(path, facts, average.both(), ())["iteration"] < args.iterations_phase:
+                raise Failure(f"{out.path}/checkpoints: {stage} is not whole and finished there; give its length as --iterations-phase")
+        else:
+            fake_score = trainable(args, teacher, f"fake{k}", args.lora_rank_fake)    # from the teacher again
+            optimizers = tuple(Adam(name, net.parameters(), lr, args.clip, betas=(0.0, 0.999))
+                               for name, net, lr in (("generator", generator, args.lr_generator), ("fake score", fake_score, args.lr_fake)))
+            nets = dict(average.both(), fake_score=fake_score)
+            found = load_checkpoint(checkpoint, facts, nets, optimizers) if reached == stage else dict(iteration=0, global_iter=0)
+            steps = phased_dmd([*experts, (generator, phase)], fake_score, teacher.net, optimizers, teacher.schedule, args.guidance,
+                               lambda i: list(micro_batches(args, teacher, 10 + k, i)), args.iterations_phase,
+                               (found["iteration"], found["global_iter"]), args.ttur, args.weighting, args.narrow, args.clamp)
+            show = lambda name: look(name, [*experts, (average.net, [*phase[:-1], 0])], teacher.schedule)   # its last jump goes on to 0
+            if not follow(args, out, stage, steps, args.iterations_phase, nets, optimizers, average, facts, show, stop):
+                return goodbye(out)
+        experts.append((average.net, phase))
+    return experts, teacher.schedule
+
+
+def follow(args, out, stage, steps, iterations, nets, optimizers, average, facts, show, stop):
+    """The body of every stage's loop: average, log, save, look -> False if it was stopped early."""
     began, bar = time.time(), None
     for losses in steps:
         average.update()
@@ -320,7 +498,7 @@ def follow(args, out, stage, steps, iterations, state, look, stop):
             counters = dict(stage=stage, iteration=i, global_iter=losses.get("global_iter", i))
             save_checkpoint(out.path / "checkpoints", dict(facts, **counters), nets, optimizers)
         if i % args.sample_every == 0 and not last:
-            look(f"samples-{stage}-{i:06d}.png", schedule)
+            show(f"samples-{stage}-{i:06d}.png")
         if stopping and not last:
             return False
     return True
@@ -328,52 +506,70 @@ def follow(args, out, stage, steps, iterations, state, look, stop):
 
 # --------------------------------------------------------------------------------------------------------------- the end
 
-def export(args, out, generator, student_schedule):
-    """export/: the student as a pipeline for stock diffusers, with the scheduler that does what the trainer did, and a model card."""
-    from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UniPCMultistepScheduler
-    folder = out.path / "export"
-    pipe = load_pipeline(args)                                  # anew: the run freed its text encoders
-    if args.lora_rank:
-        from diffusers.utils import convert_state_dict_to_diffusers
-        from peft import get_peft_model_state_dict
-        StableDiffusionXLPipeline.save_lora_weights(folder / "lora", unet_lora_layers=convert_state_dict_to_diffusers(
-            get_peft_model_state_dict(generator)))
-        generator.fuse_lora()
-        generator.unload_lora()
-    pipe.unet.load_state_dict(generator.state_dict())
-    if student_schedule.pred == "flow":                         # after ADP: one straight jump, first order, no corrector
-        pipe.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0, solver_order=1,
-                                                 disable_corrector=[0], num_train_timesteps=student_schedule.T)
-    else:                                                       # the teacher's own language: DDIM from the last row down
-        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False)
-    pipe.save_pretrained(folder)
-    prompt = (read_prompts(args.prompts) if args.prompts else shapes.CAPTIONS)[0]
-    (folder / "README.md").write_text(f"""---
+def export(args, out, teacher, experts, student_schedule, pipelines):
+    """export/: the student as a pipeline for stock diffusers, with the scheduler that does what the trainer did, and a model card.
+    Further experts lie beside the first (unet_2, ...) as Wan2.2's do; experts.json has their boundaries. LoRAs also go to lora/."""
+    folder, network = out.path / "export", teacher.family["network"]
+    for k, (net, _) in enumerate(experts, 1):
+        pipe = load_pipeline(args, pipelines)                   # anew: the run freed its text encoders
+        if isinstance(net, Lora):                               # through the way a user would load it
+            lora = out.path / "export" / "lora" / ("" if len(experts) == 1 else str(k))
+            net.save(pipe, lora, network)
+            pipe.load_lora_weights(lora)
+            pipe.fuse_lora()
+            pipe.unload_lora_weights()
+        else:
+            getattr(pipe, network).load_state_dict(net.state_dict())
+        if k == 1:
+            pipe.scheduler, call = teacher.family["schedulers"](pipe.scheduler, student_schedule is teacher.line, args.steps)
+            pipe.save_pretrained(folder)
+        else:
+            getattr(pipe, network).save_pretrained(folder / f"{network}_{k}")
+    lengths = [len(rows) - 1 for _, rows in experts]
+    facts = dict(network=network, steps=lengths, boundaries=[float(teacher.schedule.timestep[rows[-1]]) for _, rows in experts[:-1]], call=call)
+    if len(experts) > 1:
+        (folder / "experts.json").write_text(json.dumps(facts, indent=1))
+    (folder / "README.md").write_text(model_card(args, teacher, folder, type(pipe).__name__, type(getattr(pipe, network)).__name__, facts))
+
+
+def model_card(args, teacher, folder, pipeline, network, facts):
+    """What the student is, and the lines that sample it."""
+    attribute, lengths = facts["network"], facts["steps"]
+    call = ", ".join(f"{k}={v!r}" for k, v in facts["call"].items())
+    how = f"{args.iterations_phase} iterations a phase of Phased DMD" if args.method == "phased_dmd" else \
+        (f"{args.iterations_adp} iterations of ADP, " if args.steps == 1 else "") + f"{args.iterations_adm} of {'DMD' if args.method == 'dmd' else 'ADM'}"
+    imports, load, callback = f"from diffusers import {pipeline}", "", ""
+    if len(lengths) > 1:                                        # the pipeline asks after each step which network does the next
+        after = [k for k, n in enumerate(lengths) for _ in range(n)][1:] + [0]
+        imports += f", {network}"
+        load = f"experts = [pipe.{attribute}] + [{network}.from_pretrained({str(folder)!r}, subfolder=f\"{attribute}_{{k}}\") for k in range(2, {len(lengths) + 1})]\n" \
+               f"def switch(pipe, step, t, kwargs):\n    pipe.{attribute} = experts[{after}[step]]\n    return kwargs\n"
+        callback = ", callback_on_step_end=switch"
+    return f"""---
 library_name: diffusers
 pipeline_tag: text-to-image
 ---
-A {args.steps}-step student of `{args.model or "the embedded teacher of captioned shapes"}` by {args.method.upper()}:
-{args.iterations_adp} iterations of ADP, {args.iterations_adm} of {"DMD" if args.method == "dmd" else "ADM"}, seed {args.seed}. Sample without
+A {args.steps}-step student of `{args.model or "the embedded teacher of captioned shapes"}`: {how}, seed {args.seed}. Sample without
 guidance, which is distilled in (weights {args.guidance[0]:g} to {args.guidance[1]:g}).
 
 ```python
-from diffusers import StableDiffusionXLPipeline
-pipe = StableDiffusionXLPipeline.from_pretrained({str(folder)!r})
-image = pipe({prompt!r}, num_inference_steps={args.steps}, guidance_scale=0).images[0]
+{imports}
+pipe = {pipeline}.from_pretrained({str(folder)!r})
+{load}image = pipe({teacher.prompts[0]!r}, {call}, guidance_scale=0{callback}).images[0]
 image.save("image.png")
 ```
-""")
+"""
 
 
-def examine(args, out, teacher, net, student_schedule):
+def examine(args, out, teacher, experts, student_schedule):
     """The embedded run's table -> dict for result.json: caption accuracy, and total variation of places against a thousand teacher samples."""
     x_T, x_0, prompt = load_pairs(args, out, teacher)
     half = len(prompt) // 2
     captions, reference = [teacher.prompts[i] for i in prompt[:half]], teacher.images(x_0[half:])
     x = Draws((args.seed, 3), 0, range(half), teacher.shape).normal()
-    one_step = lambda net, schedule, w: teacher.images(teacher.solve(net, schedule, schedule.rows(args.steps), x, prompt[:half], 128, w))
-    drawn = dict(teacher=teacher.images(x_0[:half]), untrained=one_step(teacher.unet, teacher.schedule, args.pair_guidance),
-                 student=one_step(net, student_schedule, None))
+    draw = lambda sampler: teacher.images(teacher.draw(sampler, x, prompt[:half], 128))
+    drawn = dict(teacher=teacher.images(x_0[:half]), untrained=draw(teacher.sampler(teacher.schedule.rows(args.steps), args.pair_guidance)),
+                 student=draw(student(experts, student_schedule)))
     table = {name: dict(accuracy=shapes.accuracy(images, captions), coverage_tv=shapes.coverage_tv(images, reference)) for name, images in drawn.items()}
     print(f"\n{'':34s}caption accuracy   coverage TV   ({half} images each)")
     for name, label in (("teacher", f"teacher, {args.pair_steps} steps with guidance"), ("untrained", f"teacher, {args.steps} step"), ("student", f"student, {args.steps} step")):
@@ -381,82 +577,67 @@ def examine(args, out, teacher, net, student_schedule):
     return table
 
 
-def pictures(args, out, teacher, average):
-    """-> look(stage, iteration, schedule): draw student beside teacher for eight fixed prompts and seeds."""
+def student(experts, schedule):
+    return lambda x, cond, uncond: generate(experts, schedule, x, cond)
+
+
+def pictures(args, out, teacher):
+    """-> look(file, experts, schedule): draw student beside teacher for eight fixed prompts and seeds."""
     index = torch.arange(8) * 7 % len(teacher.prompts)
     x_T = Draws((args.seed, 4), 0, range(8), teacher.shape).normal()
     rows = {}
 
-    def look(path, schedule):
+    def look(file, experts, schedule):
         if world()[0]:
             return
-        draw = lambda *how: teacher.images(teacher.solve(*how[:3], x_T, index, args.batch_size, *how[3:]))
+        draw = lambda sampler: teacher.images(teacher.draw(sampler, x_T, index, args.batch_size))
         if not rows:
-            many = teacher.schedule.rows(args.pair_steps)
-            rows[f"teacher, {args.pair_steps} steps"] = draw(teacher.unet, teacher.schedule, many, args.pair_guidance, 2)
-            rows[f"teacher, {args.steps} step"] = draw(teacher.unet, teacher.schedule, teacher.schedule.rows(args.steps), args.pair_guidance)
-        rows[f"student, {args.steps} step"] = images = draw(average.net, schedule, schedule.rows(args.steps))
-        grid(out.path / path, rows, [teacher.prompts[i] for i in index])
+            rows[f"teacher, {args.pair_steps} steps"] = draw(teacher.sampler(teacher.schedule.rows(args.pair_steps), args.pair_guidance, 2))
+            rows[f"teacher, {args.steps} step"] = draw(teacher.sampler(teacher.schedule.rows(args.steps), args.pair_guidance))
+        rows[f"student, {args.steps} step"] = images = draw(student(experts, schedule))
+        grid(out.path / file, rows, [teacher.prompts[i] for i in index])
         return dict(x_T=x_T, prompt=index, images=images)
     return look
 
 
-def main():
-    args = parse()
+def main(doc, pipelines, embedded):
+    args = parse(doc, pipelines, embedded)
     began, prompts = time.time(), read_prompts(args.prompts) if args.prompts else shapes.CAPTIONS
     device = start()
     out, stop = Output(args.out, args.resume), StopSignal()
+    stages = [f"phase{k}" for k in range(args.phases, 0, -1)] if args.method == "phased_dmd" else ["adm", "adp"]
     checkpoint = None
     if args.resume == "auto":
-        checkpoint = newest_checkpoint(out.path / "checkpoints", "adm") or newest_checkpoint(out.path / "checkpoints", "adp")
+        checkpoint = next(filter(None, (newest_checkpoint(out.path / "checkpoints", stage) for stage in stages)), None)
     elif args.resume:
         checkpoint = Path(args.resume)
-        read_folder(checkpoint)
+        verify(checkpoint)
     reached = checkpoint.name.split("-")[0] if checkpoint else None
 
-    teacher = Teacher(args, prompts, device)
-    torch.manual_seed(args.seed)
-    generator = trainable(teacher.unet, args.lora_rank)
-    average = Average(generator, args.ema)
+    teacher = Teacher(args, out, prompts, device, pipelines)
     if args.bf16:
-        teacher.unet.to(torch.bfloat16), teacher.vae.to(torch.bfloat16)
-    for net in {teacher.unet, generator, average.net}:
-        autocast(net, device, args.bf16)
-    autocast(teacher.vae, device, args.bf16, "decode")
+        teacher.net.to(torch.bfloat16), teacher.vae.to(torch.bfloat16)
+    autocast(teacher.net, device, args.bf16), autocast(teacher.vae, device, args.bf16, "decode")
     if args.grad_checkpointing:
-        for net in {teacher.unet, teacher.vae, generator, average.net}:
-            net.enable_gradient_checkpointing()
-    look = pictures(args, out, teacher, average)
-    facts = dict(teacher=teacher.mark, shape=list(teacher.shape), steps=args.steps, lora_rank=args.lora_rank, seed=args.seed)
+        checkpointing(teacher.net), checkpointing(teacher.vae)
+    look = pictures(args, out, teacher)
 
-    if (args.stage in ("all", "pairs") or args.model is None) and not collect_pairs(args, out, teacher, stop):
+    adp_follows = args.method != "phased_dmd" and args.steps == 1 and args.stage == "all"
+    if (args.stage == "pairs" or adp_follows or args.model is None) and not collect_pairs(args, out, teacher, stop):
         return goodbye(out)
     barrier()
-    if args.stage in ("all", "adp") and reached != "adm":
-        if not run_adp(args, out, teacher, generator, average, facts, checkpoint, look, stop):
-            return goodbye(out)
-    elif args.stage == "adm" and reached != "adm":
-        reached = "adp" if (path := newest_checkpoint(out.path / "checkpoints", "adp")) else None
-        if path and load_checkpoint(path, facts, average.both(), ())["iteration"] < args.iterations_adp:
-            raise Failure(f"{path}: ADP is not finished there; finish it with --stage adp --resume auto, or give its length as --iterations-adp")
-    if args.stage in ("pairs", "adp"):
-        print(f"{args.stage} is done; go on with --stage {'adp' if args.stage == 'pairs' else 'adm'} --resume auto")
-        return
-    after_adp = args.stage == "all" or newest_checkpoint(out.path / "checkpoints", "adp") is not None
-    student_schedule = teacher.line if after_adp else teacher.schedule
-    if reached != "adm":
-        average.restart()                                       # ADM starts from what ADP's average had become
-    if not run_adm(args, out, teacher, generator, average, student_schedule, facts, checkpoint if reached == "adm" else None, look, stop):
-        return goodbye(out)
-    if world()[0] == 0:
+    if args.stage == "pairs":
+        return print("pairs is done; go on with --stage adp --resume auto")
+    done = (run_phases if args.method == "phased_dmd" else run_dmdx)(args, out, teacher, checkpoint, reached, look, stop)
+    if done and world()[0] == 0:
         curves(out)
-        samples = look("samples.png", student_schedule)
-        write_folder(out.path / "samples", {"samples.safetensors": samples}, facts)
-        table = examine(args, out, teacher, average.net, student_schedule) if args.model is None else {}
-        export(args, out, average.net, student_schedule)
+        samples = look("samples.png", *done)
+        write_folder(out.path / "samples", {"samples.safetensors": samples}, teacher.facts)
+        table = examine(args, out, teacher, *done) if args.model is None else {}
+        export(args, out, teacher, *done, pipelines)
         (out.path / "result.json").write_text(json.dumps(dict(seconds=time.time() - began, **table), indent=1))
         print(f"wrote {out.path}/export, samples.png, losses.png, result.json in {time.time() - began:.0f} s")
 
 
 if __name__ == "__main__":
-    run(main)
+    run(lambda: main(__doc__, PIPELINES, embedded=True))

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,20 +12,19 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import shapes
+from cli import ROOT, Run, failed, succeeded
 
-ROOT = Path(__file__).parent.parent
 QUICK = ("--pairs 12 --pair-steps 2 --iterations 4 --batch-size 2 --save-every 2 --sample-every 100 --head-channels 16 "
          "--lr-generator-adp 1e-3 --lr-generator 1e-3 --lr-fake 1e-3 --lr-discriminator 1e-3").split()
-STOCK = """
+PHASED = "--method phased_dmd --accumulate 1 --ttur 2 --lora-rank 0".split()
+# the model card's own lines, given the trainer's noise, against the trainer's images
+CARD = """
 import sys, torch
-from diffusers import StableDiffusionXLPipeline
-from safetensors.torch import load_file, save_file
-kept = load_file(sys.argv[2] + "/samples/samples.safetensors")
-pipe = StableDiffusionXLPipeline.from_pretrained(sys.argv[1])
-pipe.set_progress_bar_config(disable=True)
-prompts = [sys.argv[4:][i] for i in kept["prompt"]]
-images = pipe(prompts, latents=kept["x_T"], num_inference_steps=int(sys.argv[3]), guidance_scale=0, output_type="pt").images
-print((images * 2 - 1 - kept["images"].clamp(-1, 1)).abs().max().item(), kept["images"].std().item())
+from safetensors.torch import load_file
+kept, prompts = load_file(sys.argv[1]), sys.argv[2:]
+more = dict(latents=kept["x_T"], output_type="pt")
+{}
+print((image * 2 - 1 - kept["images"].clamp(-1, 1)).abs().max().item(), kept["images"].std().item())
 """
 
 
@@ -43,34 +41,24 @@ def small(tmp_path_factory):
     return root
 
 
-def train(small, out, *flags, ranks=0, background=False):
-    command = [sys.executable] + (["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(29500 + os.getpid() % 1000)] if ranks else [])
-    command += [str(ROOT / "train_sdxl.py"), "--model", str(small / "model"), "--prompts", str(small / "prompts.txt"),
-                "--pixel-backbone", str(small / "vision"), "--out", str(out), *QUICK, *flags]
-    start = subprocess.Popen if background else subprocess.run
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return start(command, env=dict(os.environ, OMP_NUM_THREADS="1"), **pipes)
+def start(small, out, *flags, **how):
+    return Run(ROOT / "train_sdxl.py", "--model", small / "model", "--prompts", small / "prompts.txt", "--pixel-backbone", small / "vision",
+               "--out", out, *QUICK, *flags, **how)
 
 
-def succeeded(done):
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
+def train(*args, **how):
+    return start(*args, **how).wait()
 
 
-def failed(done, code, *words):
-    """The exit code, and one line on standard error that holds these words: no traceback."""
-    lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("warning")]
-    assert done.returncode == code and len(lines) == 1, (done.returncode, done.stderr[-2000:])
-    for word in words:
-        assert word in lines[0], (word, lines[0])
-
-
-def stock_difference(out, steps):
-    """A new process, stock diffusers, the exported directory: largest difference from the trainer's own samples."""
-    done = subprocess.run([sys.executable, "-c", STOCK, str(out / "export"), str(out), str(steps), *shapes.CAPTIONS[:5]],
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    difference, spread = map(float, done.stdout.split())
+def stock_difference(out):
+    """A new process, stock diffusers, the model card's lines: largest difference from the trainer's own samples."""
+    snippet = (out / "export" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    prompt = repr(shapes.CAPTIONS[0])
+    assert f"pipe({prompt}, " in snippet and ").images[0]\n" in snippet
+    snippet = snippet.replace(f"pipe({prompt}, ", "pipe([prompts[i] for i in kept['prompt']], **more, ").replace(").images[0]\n", ").images\n")
+    snippet = snippet.replace('image.save("image.png")', "")
+    done = succeeded(Run("-c", CARD.format(snippet), out / "samples" / "samples.safetensors", *shapes.CAPTIONS[:5]).wait())
+    difference, spread = map(float, done.stdout.split()[-2:])
     assert spread > 0.01, "the samples are blank: nothing was compared"
     return difference
 
@@ -102,60 +90,89 @@ def test_run_leaves_what_the_readme_promises(finished):
 
 
 def test_export_reproduces_the_trainers_samples(finished):
-    assert stock_difference(finished, 1) < 1e-4
+    assert stock_difference(finished) < 1e-4
 
 
 def test_model_card_snippet_runs(finished, tmp_path):
     card = (finished / "export" / "README.md").read_text()
     snippet = card.split("```python\n")[1].split("```")[0]
     assert len(snippet.splitlines()) <= 5
-    done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and (tmp_path / "image.png").exists(), done.stderr[-2000:]
+    succeeded(Run("-c", snippet, folder=tmp_path).wait())
+    assert (tmp_path / "image.png").exists()
+
+
+def stop_when(small, out, checkpoint, *flags):
+    """Ctrl-C once this checkpoint is there."""
+    run = start(small, out, *flags, "--resume", "auto")
+    while not (out / "checkpoints" / checkpoint).exists() and run.alive():
+        time.sleep(0.01)
+    run.send(signal.SIGINT)
+    succeeded(run.wait())
+    assert not (out / "result.json").exists(), "the run was over before the signal came"
+    assert "--resume auto" in run.stdout
 
 
 def test_stopped_and_resumed_is_bit_equal(small, finished, tmp_path):
     """Ctrl-C in ADP, again in ADM, resumed each time: the same weights, averages and moments as in one go."""
-    out = tmp_path / "out"
-    for wait_for in ("adp-00000002", "adm-00000002"):
-        process = train(small, out, "--ema", "0.9", "--resume", "auto", background=True)
-        while not (out / "checkpoints" / wait_for).exists() and process.poll() is None:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate()
-        assert process.returncode == 0, stderr[-2000:]
-        if (out / "result.json").exists():
-            pytest.fail("the run was over before the signal came")
-        assert "--resume auto" in stdout
-    succeeded(train(small, out, "--ema", "0.9", "--resume", "auto"))
-    same(weights(out), weights(finished), rtol=0, atol=0)
+    for checkpoint in ("adp-00000002", "adm-00000002"):
+        stop_when(small, tmp_path / "out", checkpoint, "--ema", "0.9")
+    succeeded(train(small, tmp_path / "out", "--ema", "0.9", "--resume", "auto"))
+    same(weights(tmp_path / "out"), weights(finished), rtol=0, atol=0)
+
+
+@pytest.fixture(scope="session")
+def phased(small, tmp_path_factory):
+    out = tmp_path_factory.mktemp("phased") / "out"
+    succeeded(train(small, out, *PHASED, "--ema", "0.9"))
+    return out
+
+
+def test_phased_dmd_stopped_and_resumed_is_bit_equal(small, phased, tmp_path):
+    for checkpoint in ("phase1-00000004", "phase2-00000004"):
+        stop_when(small, tmp_path / "out", checkpoint, *PHASED, "--ema", "0.9")
+    succeeded(train(small, tmp_path / "out", *PHASED, "--ema", "0.9", "--resume", "auto"))
+    for stage in ("phase1", "phase2"):
+        same(weights(tmp_path / "out", stage, 8), weights(phased, stage, 8), rtol=0, atol=0)
+
+
+def test_phased_dmd_export(phased):
+    """Both experts, switched at their boundary by the pipeline's own callback."""
+    facts = json.loads((phased / "export" / "experts.json").read_text())
+    assert facts == dict(network="unet", steps=[2, 2], boundaries=[499.0], call=dict(num_inference_steps=4))
+    first, second = (load_file(phased / "export" / name / "diffusion_pytorch_model.safetensors") for name in ("unet", "unet_2"))
+    assert any((first[k] != second[k]).any() for k in first)
+    assert stock_difference(phased) < 1e-4
+    assert {json.loads(line)["stage"] for line in (phased / "metrics.jsonl").read_text().splitlines()} == {"phase1", "phase2"}
 
 
 def test_killed_pair_collection_goes_on_to_the_same_bytes(small, tmp_path):
     a, b = tmp_path / "a", tmp_path / "b"
     flags = ("--stage", "pairs", "--pairs", "600")
     succeeded(train(small, a, *flags))
-    process = train(small, b, *flags, background=True)
-    while not (b / "pairs" / "00000").exists() and process.poll() is None:
-        time.sleep(0.02)
-    process.kill()
-    process.communicate()
+    run = start(small, b, *flags)
+    while not (b / "pairs" / "00000").exists() and run.alive():
+        time.sleep(0.01)
+    run.send(signal.SIGKILL)
+    run.wait()
     succeeded(train(small, b, *flags, "--resume", "auto"))
     for k in range(3):
         name = f"pairs/{k:05d}/pairs.safetensors"
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
     (b / "pairs/00001/pairs.safetensors").write_bytes((b / "pairs/00001/pairs.safetensors").read_bytes()[:-1])
     failed(train(small, b, "--stage", "adp", "--pairs", "600", "--resume", "auto"), 1, "00001/pairs.safetensors", "truncated")
-    failed(train(small, a, "--stage", "adp", "--pairs", "600", "--pair-steps", "3", "--resume", "auto"), 1, "steps 2", "has 3")
+    failed(train(small, a, "--stage", "adp", "--pairs", "600", "--pair-steps", "3", "--resume", "auto"), 1, "steps is 2", "run's is 3")
 
 
-@pytest.mark.parametrize("flags, steps", [
-    (["--method", "dmd", "--grad-checkpointing"], 1),
-    (["--lora-rank", "4", "--lora-rank-fake", "4", "--accumulate", "2"], 1),
-    (["--stage", "adm", "--steps", "4", "--ttur", "2"], 4),
-    (["--bf16", "--clip", "0"], 1)], ids=["dmd", "lora", "four steps without ADP", "bf16"])
-def test_variants_train_and_export(small, tmp_path, flags, steps):
+@pytest.mark.parametrize("flags", [
+    ["--method", "dmd", "--grad-checkpointing"],
+    ["--lora-rank", "4", "--lora-rank-fake", "4", "--lora-alpha", "2", "--accumulate", "2", "--grad-checkpointing"],
+    ["--stage", "adm", "--steps", "4", "--ttur", "2", "--lora-rank", "4"],
+    [*PHASED, "--steps", "3", "--phases", "3", "--lora-rank", "4", "--lora-alpha", "1", "--lora-rank-fake", "2", "--weighting", "paper"],
+    ["--bf16", "--clip", "0"],
+    ["--bf16", "--lora-rank", "4"]], ids=["dmd", "lora", "four steps without ADP", "three phases, lora", "bf16", "bf16, lora"])
+def test_variants_train_and_export(small, tmp_path, flags):
     succeeded(train(small, tmp_path / "out", *flags))
-    assert stock_difference(tmp_path / "out", steps) < (0.1 if "--bf16" in flags else 1e-4)   # bf16 trainer, float32 export
+    assert stock_difference(tmp_path / "out") < (0.1 if "--bf16" in flags else 1e-4)   # bf16 trainer, float32 export
 
 
 def test_checkpointing_changes_nothing(small, finished, tmp_path):
@@ -170,11 +187,20 @@ def test_two_ranks_train_as_one(small, finished, tmp_path):
          {k: v for k, v in weights(finished, "adp").items() if k.startswith("generator")}, rtol=1e-3, atol=2e-4)
 
 
+def test_torchrun_from_the_readme(small, tmp_path):
+    """The real launcher, once."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ROOT / "train_sdxl.py", "--model", small / "model",
+               "--prompts", small / "prompts.txt", "--pixel-backbone", small / "vision", "--out", tmp_path / "out", *QUICK, "--stage", "adm"]
+    done = subprocess.run(list(map(str, command)), env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "out" / "result.json").exists(), done.stderr[-3000:]
+
+
 def test_bad_flags_are_reported_at_once(small, tmp_path):
-    failed(train(small, tmp_path / "out", "--lr-fake", "-1", "--steps", "0", "--wrong", "--ema", "1"), 2,
-           "--lr-fake -1.0", "--steps 0", "--wrong", "--ema 1.0")
+    failed(train(small, tmp_path / "out", "--lr-fake", "-1", "--steps", "0", "--wrong", "--ema", "1", "--clip", "nan"), 2,
+           "--lr-fake -1.0", "--steps 0", "--wrong", "--ema 1.0", "--clip nan")
     failed(train(small, tmp_path / "out", "--stage", "everything"), 2, "--stage", "everything")
-    failed(train(small, tmp_path / "out", "--steps", "4"), 2, "--stage adm")
+    failed(train(small, tmp_path / "out", "--stage", "adp", "--steps", "4"), 2, "--stage adm")
+    failed(train(small, tmp_path / "out", "--method", "phased_dmd", "--phases", "3", "--stage", "adm"), 2, "--phases 3", "--steps 4", "--stage adm")
     assert not (tmp_path / "out").exists()
 
 
@@ -192,7 +218,8 @@ def test_wrong_models(small, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
-    failed(train(small, tmp_path / "b", "--model", str(other)), 1, "StableDiffusionPipeline", "SDXL")
+    failed(train(small, tmp_path / "b", "--model", str(other)), 1, "StableDiffusionPipeline", "StableDiffusionXLPipeline")
+    failed(train(small, tmp_path / "b", "--model", str(other), "--lr-fake", "0"), 2, "--lr-fake 0")
 
 
 def test_output_directories_are_respected(small, finished, tmp_path):

@@ -1,0 +1,92 @@
+"""Why this file exists: it runs the scripts as a user does, every run a process of its own, forked from one that has imported the
+libraries already: a second each instead of six."""
+import multiprocessing
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+import matplotlib.pyplot  # noqa: F401
+import peft  # noqa: F401
+import torch
+import torch.distributed.run  # noqa: F401
+import transformers.utils.logging
+
+transformers.utils.logging.set_verbosity_error()                # what it says of missing extras would be in every run's output
+from diffusers import (DDIMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline,  # noqa: E402, F401
+                       StableDiffusionXLPipeline, UniPCMultistepScheduler)
+from transformers import Dinov2Model, SamVisionModel  # noqa: E402, F401
+
+import phased_dmd, plumbing, shapes  # noqa: E401, E402, F401
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["cli"])
+
+
+def script(argv, env, folder, out, err):
+    """In the child: be `python argv[0] argv[1:]`."""
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)
+    os.environ.update(env)
+    os.chdir(folder)
+    sys.argv = [str(a) for a in argv]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.set_num_threads(1)
+    if argv[0] == "-c":
+        sys.argv = ["-c", *sys.argv[2:]]
+        exec(compile(argv[1], "-c", "exec"), dict(__name__="__main__"))
+    else:
+        runpy.run_path(str(argv[0]), run_name="__main__")
+
+
+class Run:
+    """One script under way; with ranks, the processes torchrun would start."""
+
+    def __init__(self, *argv, ranks=0, env={}, folder=ROOT):
+        self.folder = tempfile.mkdtemp()
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = str(s.getsockname()[1])
+        self.processes = []
+        for rank in range(ranks or 1):
+            group = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=port) if ranks else {}
+            self.processes.append(FORKS.Process(target=script, args=(argv, dict(env, **group), str(folder), *self.files(rank))))
+            self.processes[-1].start()
+
+    def files(self, rank):
+        return f"{self.folder}/{rank}.out", f"{self.folder}/{rank}.err"
+
+    def alive(self):
+        return any(p.is_alive() for p in self.processes)
+
+    def send(self, number):
+        for p in self.processes:
+            os.kill(p.pid, number)
+
+    def wait(self):
+        """-> self, with returncode, stdout and stderr as subprocess gives them; of several ranks the worst, and all together."""
+        for p in self.processes:
+            p.join()
+        self.returncode = max((p.exitcode for p in self.processes), key=abs)
+        self.stdout, self.stderr = ("".join(Path(self.files(r)[k]).read_text() for r in range(len(self.processes))) for k in (0, 1))
+        return self
+
+
+def succeeded(done):
+    assert done.returncode == 0, (done.stdout[-1000:], done.stderr[-3000:])
+    return done
+
+
+def failed(done, code, *words):
+    """The exit code, and one line on standard error that holds these words: no traceback."""
+    lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("warning")]
+    assert done.returncode == code and len(lines) == 1, (done.returncode, done.stderr[-2000:])
+    for word in words:
+        assert word in lines[0], (word, lines[0])
