@@ -14,6 +14,7 @@ gradient computed in vain, and makes ADM and DMD the same loop with another dL/d
 """
 import argparse
 import json
+import math
 import time
 from contextlib import contextmanager
 from copy import deepcopy
@@ -212,9 +213,9 @@ def adm(generator, fake_score, real_score, taps, heads, optimizers, schedule, st
 class Net(nn.Module):
     """An MLP called as diffusers calls its networks: [B,2] -> [B,2]."""
 
-    def __init__(self, width=256, layers=4):
+    def __init__(self, width=256, layers=3):
         super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(2 + 32, width)] + [nn.Linear(width, width) for _ in range(layers - 2)])
+        self.layers = nn.ModuleList([nn.Linear(2 + 32, width)] + [nn.Linear(width, width) for _ in range(layers - 1)])
         self.output = nn.Linear(width, 2)
         self.register_buffer("waves", torch.pi * 2 ** torch.linspace(-2, 4, 16))
 
@@ -282,21 +283,21 @@ def closed_form_teacher(data, schedule, steps, draws):
     return teacher.requires_grad_(False)
 
 
-def demo(data, seed, iterations=800, batch=256, progress=print):
-    """Train a teacher on `data`, then four one-step students. Returns name -> samples [50000,2]. iterations: of each stage."""
+def demo(data, seed, iterations=1500, batch=256, progress=print):
+    """Train a teacher on `data`, then four one-step students. Returns name -> samples [50000,2]. iterations: of ADP."""
     torch.manual_seed(seed)
     teacher_schedule, line = Schedule.straight(), Schedule.straight()
     draws = lambda stage, i: Draws((seed, stage), i, [0], (2,), block=batch)
     adam = lambda net, lr: torch.optim.AdamW(net.parameters(), lr, betas=(0.0, 0.99), weight_decay=0.0, fused=True)
     one_step, test = [line.T, 0], torch.randn(50_000, 2)
-    samples = {}
+    samples, third = {}, math.ceil(iterations / 3)
 
-    def student(net, opt, steps):
+    def student(net, opt, steps, loop):
         """Run a stage to its end; an adversary's pupil never sits still, so its rate falls to zero and its weights are averaged."""
         average, rate = deepcopy(net).requires_grad_(False), opt.param_groups[0]["lr"]
-        for losses in steps:
+        for losses in loop:
             torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 0.01)
-            opt.param_groups[0]["lr"] = rate * (1 - losses["iteration"] / iterations)
+            opt.param_groups[0]["lr"] = rate * (1 - losses["iteration"] / steps)
         return average
 
     @torch.no_grad()
@@ -304,7 +305,7 @@ def demo(data, seed, iterations=800, batch=256, progress=print):
         samples[name] = sample(net, line, test, rows, {}, order=2)                # one step is first order
         progress(name, samples[name])
 
-    teacher = closed_form_teacher(data, teacher_schedule, 3 * iterations, lambda i: draws(0, i))
+    teacher = closed_form_teacher(data, teacher_schedule, 5 * third, lambda i: draws(0, i))
     keep("teacher", teacher, line.rows(20))
 
     x_T = torch.randn(20_000, 2)
@@ -321,18 +322,18 @@ def demo(data, seed, iterations=800, batch=256, progress=print):
         return net, adam(net, lr)
 
     net, opt = network(teacher, 1e-3)
-    keep("a1", student(net, opt, reflow(net, opt, line, pairs, iterations)), one_step)
+    keep("a1", student(net, opt, third, reflow(net, opt, line, pairs, third)), one_step)
 
     net, opt = network(teacher, 3e-4)
     heads, pixel, pixel_heads = mlp_heads(3, 256), Fourier(), mlp_heads(1, 128)
-    pretrained = student(net, opt, adp(net, NetTaps(teacher), heads, pixel, pixel_heads, lambda x: x,
-                                       (opt, adam(heads, 3e-3), adam(pixel_heads, 3e-3)), teacher_schedule, line, pairs, iterations))
+    pretrained = student(net, opt, iterations, adp(net, NetTaps(teacher), heads, pixel, pixel_heads, lambda x: x,
+                                                   (opt, adam(heads, 1e-3), adam(pixel_heads, 1e-3)), teacher_schedule, line, pairs, iterations))
     keep("adp", pretrained, one_step)
 
     for name, loss, lr in (("dmdx", "adm", 3e-5), ("dmd", "dmd", 1e-4)):
         (net, opt), (fake, fake_opt), heads = network(pretrained, lr), network(teacher, 1e-3), mlp_heads(3, 256)
-        keep(name, student(net, opt, adm(net, fake, teacher, NetTaps(teacher), heads, (opt, fake_opt, adam(heads, 3e-3)), teacher_schedule,
-                                         line, one_step, (1.0, 1.0), lambda i: [(draws(2, i), {}, {})], iterations, loss=loss)), one_step)
+        keep(name, student(net, opt, third, adm(net, fake, teacher, NetTaps(teacher), heads, (opt, fake_opt, adam(heads, 3e-3)), teacher_schedule,
+                                         line, one_step, (1.0, 1.0), lambda i: [(draws(2, i), {}, {})], third, loss=loss)), one_step)
     return samples
 
 
@@ -341,7 +342,7 @@ def main():
     parser.add_argument("--data", choices=["ring", "grid"], default="ring", help="eight Gaussians on a circle, or twenty-five on a grid")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="out/adm", help="folder for the picture and result.json")
-    parser.add_argument("--iterations", type=int, default=800, help="generator steps of each student; the teacher gets three times as many")
+    parser.add_argument("--iterations", type=int, default=1500, help="generator steps of ADP; A1, ADM and DMD get a third as many, the teacher five thirds")
     parser.add_argument("--batch-size", type=int, default=256, help="samples a step; more take longer than the ninety seconds")
     args = parser.parse_args()
     if args.batch_size < 1:

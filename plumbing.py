@@ -197,7 +197,7 @@ class Lora(nn.Module):
         base.__dict__["adapted"] = [m for m in base.modules() if isinstance(m, BaseTunerLayer)]
         self.__dict__.update(base=base, name=name, how=(rank, alpha, targets))    # past nn.Module: the base is not a part of this
         for p in self.parameters():
-            p.data = p.data.float()                                               # also on a bf16 base
+            p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))       # also on a bf16 base
         for p in (*trained, *self.parameters()):
             p.requires_grad_(True)
         with active(base, None):

@@ -51,12 +51,12 @@ def encode_sd3(pipe, prompts, pixels, device):
 
 def schedulers_sdxl(scheduler, line, steps):
     """-> (the stock scheduler that does to a student what the trainer did, the arguments its pipeline must be called with)."""
-    from diffusers import DDIMScheduler, UniPCMultistepScheduler
+    from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
     if line:                                                    # after ADP: one straight jump, first order, no corrector
         return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0, solver_order=1,
                                        disable_corrector=[0], num_train_timesteps=scheduler.config.num_train_timesteps), dict(num_inference_steps=1)
-    return DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False), \
-        dict(num_inference_steps=steps)
+    return DPMSolverMultistepScheduler.from_config(             # at first order, DDIM; diffusers' own DDIM steps to rows it then does not visit,
+        scheduler.config, solver_order=1, timestep_spacing="trailing", final_sigmas_type="zero"), dict(num_inference_steps=steps)   # unless steps divide T
 
 
 def schedulers_sd3(scheduler, line, steps):
@@ -109,6 +109,7 @@ def parse(doc, pipelines, embedded):
     g.add_argument("--out", default="out/sdxl", help="where everything is written")
     g.add_argument("--resume", metavar="auto|CHECKPOINT", help="go on from the newest whole checkpoint in --out (auto), or from this one")
     g.add_argument("--seed", type=int, default=0)
+    g.add_argument("--no-t5", action="store_true", help="SD3 without its third text encoder, 4.7 billion parameters")
     g.add_argument("--resolution", type=int, help="pixels (default: the model's own, 1024)")
     g = p.add_argument_group("ODE pairs")
     g.add_argument("--pairs", type=int, default=16384, help="how many to collect (paper: silent)")
@@ -306,14 +307,21 @@ def load_pipeline(args, pipelines):
     import diffusers
     path = str(args.model or EMBEDDED)
     kind = pipeline_class(path, pipelines)
+    without = {name: None for name in left_out(args, path, kind)}
     try:
-        pipe = getattr(diffusers, kind).from_pretrained(path, **dict(add_watermarker=False) if "XL" in kind else {}).to(torch.float32)
+        pipe = getattr(diffusers, kind).from_pretrained(path, **without, **dict(add_watermarker=False) if "XL" in kind else {}).to(torch.float32)
     except (OSError, ValueError) as e:
         raise Failure(f"--model {path}: not a whole pipeline ({str(e).splitlines()[0]}); download it again") from e
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
     return pipe
+
+
+def left_out(args, path, kind):
+    """Optional components that this run, or the pipeline's own directory, does without: SD3's T5."""
+    config = pipeline_config(path, "")
+    return [name for name in ("text_encoder_3", "tokenizer_3") if kind == "StableDiffusion3Pipeline" and (args.no_t5 or not config[name][0])]
 
 
 def load_vision_encoder(path, device):
@@ -526,15 +534,17 @@ def export(args, out, teacher, experts, student_schedule, pipelines):
         else:
             getattr(pipe, network).save_pretrained(folder / f"{network}_{k}")
     lengths = [len(rows) - 1 for _, rows in experts]
+    kind, path = type(pipe).__name__, str(args.model or EMBEDDED)
+    load = "".join(f", {name}=None" for name in left_out(args, path, kind))
     facts = dict(network=network, steps=lengths, boundaries=[float(teacher.schedule.timestep[rows[-1]]) for _, rows in experts[:-1]], call=call)
     if len(experts) > 1:
         (folder / "experts.json").write_text(json.dumps(facts, indent=1))
-    (folder / "README.md").write_text(model_card(args, teacher, folder, type(pipe).__name__, type(getattr(pipe, network)).__name__, facts))
+    (folder / "README.md").write_text(model_card(args, teacher, f"{str(folder)!r}{load}", kind, type(getattr(pipe, network)).__name__, facts))
 
 
-def model_card(args, teacher, folder, pipeline, network, facts):
+def model_card(args, teacher, source, pipeline, network, facts):
     """What the student is, and the lines that sample it."""
-    attribute, lengths = facts["network"], facts["steps"]
+    attribute, lengths, folder = facts["network"], facts["steps"], source.split(",")[0]
     call = ", ".join(f"{k}={v!r}" for k, v in facts["call"].items())
     how = f"{args.iterations_phase} iterations a phase of Phased DMD" if args.method == "phased_dmd" else \
         (f"{args.iterations_adp} iterations of ADP, " if args.steps == 1 else "") + f"{args.iterations_adm} of {'DMD' if args.method == 'dmd' else 'ADM'}"
@@ -542,7 +552,7 @@ def model_card(args, teacher, folder, pipeline, network, facts):
     if len(lengths) > 1:                                        # the pipeline asks after each step which network does the next
         after = [k for k, n in enumerate(lengths) for _ in range(n)][1:] + [0]
         imports += f", {network}"
-        load = f"experts = [pipe.{attribute}] + [{network}.from_pretrained({str(folder)!r}, subfolder=f\"{attribute}_{{k}}\") for k in range(2, {len(lengths) + 1})]\n" \
+        load = f"experts = [pipe.{attribute}] + [{network}.from_pretrained({folder}, subfolder=f\"{attribute}_{{k}}\") for k in range(2, {len(lengths) + 1})]\n" \
                f"def switch(pipe, step, t, kwargs):\n    pipe.{attribute} = experts[{after}[step]]\n    return kwargs\n"
         callback = ", callback_on_step_end=switch"
     return f"""---
@@ -554,7 +564,7 @@ guidance, which is distilled in (weights {args.guidance[0]:g} to {args.guidance[
 
 ```python
 {imports}
-pipe = {pipeline}.from_pretrained({str(folder)!r})
+pipe = {pipeline}.from_pretrained({source})
 {load}image = pipe({teacher.prompts[0]!r}, {call}, guidance_scale=0{callback}).images[0]
 image.save("image.png")
 ```

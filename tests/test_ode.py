@@ -387,3 +387,21 @@ def test_mixture_samples_have_its_mean_and_spread():
     distance, mode = torch.cdist(x, data.means).min(1)
     assert_close(distance.square().mean().sqrt().item(), 0.1 * 2**0.5, rtol=0.03, atol=0)
     assert torch.bincount(mode, minlength=9).min() > 350        # 444 each, give or take 20
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 6, 7, 8, 12])
+def test_students_of_any_number_of_steps_have_a_stock_scheduler(steps):
+    """First-order DPM-Solver from the last row down, which train_sdxl.py exports, visits this table's rows and takes its steps."""
+    from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
+    euler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1)
+    stock = DPMSolverMultistepScheduler.from_config(euler.config, solver_order=1, timestep_spacing="trailing", final_sigmas_type="zero")
+    stock.set_timesteps(steps)
+    schedule = Schedule.from_diffusers(euler)
+    rows = schedule.rows(steps)
+    assert [row - 1 for row in rows[:-1]] == stock.timesteps.tolist()
+    net = lambda x, timestep, return_dict=False: (torch.tanh(1.3 * x + timestep.view(-1, 1) / 700) + 0.2 * x,)
+    x = torch.randn(4, 8)
+    mine = sample(net, schedule, x, rows, {})
+    for t in stock.timesteps:
+        x = stock.step(net(x, t.expand(4).float())[0], t, x).prev_sample
+    assert_close(x, mine, rtol=1e-5, atol=1e-5)
