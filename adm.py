@@ -137,13 +137,14 @@ def reflow(generator, optimizer, line, batches, iterations, start=0):
 
 
 def adm(generator, fake_score, real_score, taps, heads, optimizers, schedule, student_schedule, rows, guidance, batches, iterations,
-        start=(0, 0), ttur=1, dt=None, loss="adm"):
+        start=(0, 0), ttur=1, dt=None, loss="adm", student_w=None):
     """Algorithm 1 (numbers on the right are its lines), a generator of losses: one yield per generator step.
 
     optimizers: of generator, fake_score, heads. schedule: the scores'; student_schedule: the generator's, which differs after
     ADP. rows: the generator's t_N > ... > t_0 = 0. guidance: range of the real score's CFG weight, drawn per sample.
     batches(global_iter): list of micro-batches (draws, cond, uncond) whose gradients add up. dt: T/64 unless given, in rows.
-    start: (genIter, globalIter) to go on from. loss: 'adm', or 'dmd' for the baseline, which has no discriminator.
+    start: (genIter, globalIter) to go on from. loss: 'adm', or 'dmd' for the baseline, which has no discriminator. student_w: the
+    generator's own CFG weight, if it is to be sampled with guidance too ("ADM w/ CFG" in the paper's video tables).
     Yields dict(iteration, global_iter, fake, generator, discriminator, dmd); `dmd` is the DMD loss, in ADM only recorded.
     """
     generator_opt, fake_opt, heads_opt = optimizers
@@ -154,10 +155,10 @@ def adm(generator, fake_score, real_score, taps, heads, optimizers, schedule, st
         batch = batches(global_iter)
 
         # update fake score estimator f_psi                                                                     7
-        for draws, cond, _ in batch:
+        for draws, cond, uncond in batch:
             z = draws.normal()                                                                                # 8
             with torch.no_grad():
-                x_0 = sample(generator, student_schedule, z, rows, cond)                                      # 9
+                x_0 = sample(generator, student_schedule, z, rows, cond, uncond, student_w)                   # 9
             z_f, t_f = draws.normal(), draws.rows(1, schedule.T)                                              # 10
             fake_loss = score_loss(fake_score, schedule, x_0, z_f, t_f, cond)                                 # 11
             (fake_loss / len(batch)).backward()
@@ -169,8 +170,8 @@ def adm(generator, fake_score, real_score, taps, heads, optimizers, schedule, st
             # update generator G_theta                                                                          14
             z, n = draws.normal(), draws.index(1, N)                                                          # 15
             with torch.no_grad():
-                x_tn = sample(generator, student_schedule, z, rows[:N - n + 1], cond)                         # 16
-            x0_hat, _ = predict(generator, student_schedule, x_tn, rows[N - n], cond)                         # 17
+                x_tn = sample(generator, student_schedule, z, rows[:N - n + 1], cond, uncond, student_w)      # 16
+            x0_hat, _ = predict(generator, student_schedule, x_tn, rows[N - n], cond, uncond, student_w)      # 17
             z_g, t = draws.normal(), draws.rows(dt, schedule.T)                                               # 18
             x0 = x0_hat.detach().requires_grad_()                               # here the backward pass is cut
             x_t = schedule.noise(x0, z_g, t)                                                                  # 19
@@ -305,7 +306,7 @@ def demo(data, seed, iterations=1500, batch=256, progress=print):
         samples[name] = sample(net, line, test, rows, {}, order=2)                # one step is first order
         progress(name, samples[name])
 
-    teacher = closed_form_teacher(data, teacher_schedule, 5 * third, lambda i: draws(0, i))
+    teacher = closed_form_teacher(data, teacher_schedule, 3 * third, lambda i: draws(0, i))
     keep("teacher", teacher, line.rows(20))
 
     x_T = torch.randn(20_000, 2)
@@ -342,7 +343,7 @@ def main():
     parser.add_argument("--data", choices=["ring", "grid"], default="ring", help="eight Gaussians on a circle, or twenty-five on a grid")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="out/adm", help="folder for the picture and result.json")
-    parser.add_argument("--iterations", type=int, default=1500, help="generator steps of ADP; A1, ADM and DMD get a third as many, the teacher five thirds")
+    parser.add_argument("--iterations", type=int, default=1500, help="generator steps of ADP; A1, ADM and DMD get a third as many, the teacher as many")
     parser.add_argument("--batch-size", type=int, default=256, help="samples a step; more take longer than the ninety seconds")
     args = parser.parse_args()
     if args.batch_size < 1:

@@ -45,9 +45,12 @@ class Schedule:
             config.get("prediction_type", "flow_prediction" if "FlowMatch" in type(scheduler).__name__ else None))
         if pred == "flow":
             u = torch.arange(T + 1, dtype=torch.float64) / T                      # uniform, *unshifted* time
+            multistep = config.get("use_flow_sigmas")           # Wan's UniPC: its times end at 1/T, and networks are told whole ones
+            if multistep:
+                u[1:] = u[1:] * (1 - 1 / T) + 1 / T
             shift = shift or config.get("shift") or config.get("flow_shift") or 1.0
             sigma = shift * u / (1 + (shift - 1) * u)
-            return cls(1 - sigma, sigma, T * sigma, pred)
+            return cls(1 - sigma, sigma, (T * sigma).floor().clamp(max=T - 1) if multistep else T * sigma, pred)
         ac = torch.cat([torch.ones(1, dtype=torch.float64), scheduler.alphas_cumprod.double().cpu()])
         return cls(ac.sqrt(), (1 - ac).sqrt(), torch.arange(-1, T).clamp(min=0), pred)
 

@@ -455,6 +455,23 @@ def grid(path, rows, captions):
     save_picture(path, figure)
 
 
+def contact_sheet(path, rows, captions, videos=2, frames=8):
+    """rows: {label: videos [n,3,F,H,W] in [-1,1]}. The first `videos` of each as a row of still frames, and each as a GIF beside the sheet."""
+    from diffusers.utils import export_to_gif
+    from PIL import Image
+    stills = {}
+    for label, batch in rows.items():
+        for k, video in enumerate(batch[:videos]):                                # [3,F,H,W]
+            pick = torch.linspace(0, video.shape[1] - 1, frames).round().long()
+            stills[f"{label}\n{textwrap.shorten(captions[k], 30)}"] = video[:, pick].transpose(0, 1)
+            pixels = ((video.permute(1, 2, 3, 0) + 1) * 127.5).clamp(0, 255).byte().cpu().numpy()
+            try:
+                export_to_gif([Image.fromarray(frame) for frame in pixels], str(Path(path).with_suffix("")) + f"-{label.replace(',', '').replace(' ', '-')}-{k}.gif", fps=8)
+            except OSError as e:
+                print(f"warning: {path}: {e.strerror}; training goes on", file=sys.stderr)
+    grid(path, stills, [f"frame {i + 1} of {frames}" for i in range(frames)])
+
+
 def curves(out):
     """metrics.jsonl -> losses.png: one panel a loss, one colour a stage."""
     import matplotlib

@@ -192,6 +192,43 @@ def train_teacher(pipe, index, latents, iterations, lr=1e-3, batch=64, ema=0.999
                 pipe.unet, pipe.text_encoder, pipe.text_encoder_2 = nets
 
 
+def train_sd3(index, images, iterations, lr=1e-3, batch=64, ema=0.999):
+    """A small SD3 on the same captions, to see a flow model distilled: the shipped VAE and text encoder, a new transformer, velocity
+    targets (Eq. 3) at uniform unshifted times, no T5 (one empty token in its place). Returns the pipeline."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline, StableDiffusionXLPipeline
+
+    from train_sdxl import encode_sd3
+    old = StableDiffusionXLPipeline.from_pretrained(str(Path(__file__).parent / "teacher"), add_watermarker=False).to(torch.float32)
+    old.vae.register_to_config(shift_factor=0.0)
+    net = SD3Transformer2DModel(sample_size=PX // 4, patch_size=2, in_channels=4, out_channels=4, num_layers=6, attention_head_dim=32, num_attention_heads=4,
+                                joint_attention_dim=64, caption_projection_dim=128, pooled_projection_dim=64, pos_embed_max_size=PX // 8)
+    pipe = StableDiffusion3Pipeline(transformer=net, vae=old.vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), tokenizer=old.tokenizer_2,
+                                    text_encoder=old.text_encoder_2, tokenizer_2=old.tokenizer_2, text_encoder_2=old.text_encoder_2,
+                                    tokenizer_3=None, text_encoder_3=None)
+    schedule, average = Schedule.from_diffusers(pipe.scheduler), deepcopy(net).eval()
+    opt = torch.optim.AdamW(net.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    warm = torch.optim.lr_scheduler.LambdaLR(opt, lambda i: min(1, (i + 1) / 200) * 0.5 * (1 + math.cos(math.pi * i / iterations)))
+    with torch.no_grad():
+        latents = torch.cat([pipe.vae.encode(x).latent_dist.mode() for x in images.split(512)]) * pipe.vae.config.scaling_factor
+        conds, empty = encode_sd3(pipe, CAPTIONS, PX, PX, "cpu", max_sequence_length=1)
+        conds = {k: torch.cat([v, empty[k][:1]]) for k, v in conds.items()}       # the last row is the empty prompt
+    for i in range(iterations):
+        pick = torch.randint(len(latents), (batch,))
+        prompt = index[pick].where(torch.rand(batch) > 0.1, len(CAPTIONS))
+        x0, eps, t = latents[pick], torch.randn(batch, *latents.shape[1:]), torch.randint(1, schedule.T + 1, (batch,))
+        out = net(schedule.noise(x0, eps, t), timestep=schedule.timestep[t], **{k: v[prompt] for k, v in conds.items()}).sample
+        loss = F.mse_loss(out, schedule.target(x0, eps, t))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        opt.step(), opt.zero_grad(), warm.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - min(ema, (i + 1) / (i + 10)))
+        if i % 500 == 499 or i == iterations - 1:
+            pipe.transformer = average
+            print(f"sd3 {i + 1:5d}  loss {loss.item():.4f}  accuracy {mark(pipe, 144, max_sequence_length=1)[0]:.3f}", flush=True)
+    return pipe
+
+
 def train_vision_encoder(index, images, iterations, lr=1e-3, batch=64):
     """A small SAM vision encoder that names captions and places: what the pixel discriminator looks through, as the paper's looks
     through the SAM of the wide world."""
@@ -216,12 +253,12 @@ def train_vision_encoder(index, images, iterations, lr=1e-3, batch=64):
 
 
 @torch.no_grad()
-def mark(pipe, n=576, steps=25, guidance=3.0, seed=0):
+def mark(pipe, n=576, steps=25, guidance=3.0, seed=0, **call):
     """Draw n captions in turn: (accuracy, images [n,3,32,32] in [-1,1])."""
     captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(n)]
     pipe.set_progress_bar_config(disable=True)
     images = pipe(captions, num_inference_steps=steps, guidance_scale=guidance, generator=torch.Generator().manual_seed(seed),
-                  output_type="pt").images * 2 - 1
+                  output_type="pt", **call).images * 2 - 1
     return accuracy(images, captions), images
 
 
@@ -229,6 +266,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", action="store_true", help="train the teacher and save it under --out")
     parser.add_argument("--out", default="out/shapes", help="where the picture, or the trained pipeline, goes")
+    parser.add_argument("--sd3", action="store_true", help="train a small SD3 on the same captions and save it under --out")
     parser.add_argument("--vae-iterations", type=int, default=3000)
     parser.add_argument("--vision-iterations", type=int, default=1500)
     parser.add_argument("--iterations", type=int, default=12000)
@@ -249,6 +287,11 @@ def main():
         train_teacher(pipe, index, latents, args.iterations)
         pipe.to(torch.bfloat16).save_pretrained(out, safe_serialization=True)
         train_vision_encoder(index, images, args.vision_iterations).to(torch.bfloat16).save_pretrained(out / "vision_encoder")
+        print(f"saved {out} after {time.time() - start:.0f} s")
+        return
+
+    if args.sd3:
+        train_sd3(*every_drawing(), args.iterations).save_pretrained(out)
         print(f"saved {out} after {time.time() - start:.0f} s")
         return
 

@@ -27,7 +27,7 @@ from adm import Draws, adm, adp
 from discriminators import Taps, heads_for
 from ode import Schedule, both, sample
 from phased_dmd import generate, phased_dmd, split
-from plumbing import (Adam, Average, Failure, Lora, Output, StopSignal, autocast, barrier, checkpointing, curves, full_copy, goodbye, grid,
+from plumbing import (Adam, Average, Failure, Lora, Output, StopSignal, autocast, barrier, checkpointing, contact_sheet, curves, full_copy, goodbye, grid,
                       load_checkpoint, newest_checkpoint, open_tensors, quiet, read_prompts, run, save_checkpoint, start, usage, verify, world,
                       write_folder)
 
@@ -36,49 +36,59 @@ SHARD = 256                                                     # pairs, or prom
 
 # ------------------------------------------------------------------------------------------------------------- families
 
-def encode_sdxl(pipe, prompts, pixels, device):
+def encode_sdxl(pipe, prompts, height, width, device, **tokens):
     """-> (cond, uncond), the UNet's keyword arguments for these prompts and for no prompt, each batch first."""
     tokens, no_tokens, pooled, no_pooled = pipe.encode_prompt(prompts, device=device, do_classifier_free_guidance=True)
-    size = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]], dtype=torch.float32, device=device).expand(len(prompts), -1)
+    size = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=device).expand(len(prompts), -1)
     return tuple(dict(encoder_hidden_states=t, added_cond_kwargs=dict(text_embeds=p, time_ids=size)) for t, p in ((tokens, pooled), (no_tokens, no_pooled)))
 
 
-def encode_sd3(pipe, prompts, pixels, device):
+def encode_sd3(pipe, prompts, height, width, device, **tokens):
     """The same for SD3. Without its third text encoder the pipeline itself puts zeros in T5's place."""
-    tokens, no_tokens, pooled, no_pooled = pipe.encode_prompt(prompts, None, None, device=device, do_classifier_free_guidance=True)
-    return tuple(dict(encoder_hidden_states=t, pooled_projections=p) for t, p in ((tokens, pooled), (no_tokens, no_pooled)))
+    text, no_text, pooled, no_pooled = pipe.encode_prompt(prompts, None, None, device=device, do_classifier_free_guidance=True, **tokens)
+    return tuple(dict(encoder_hidden_states=t, pooled_projections=p) for t, p in ((text, pooled), (no_text, no_pooled)))
 
 
-def schedulers_sdxl(scheduler, line, steps):
+def schedulers_sdxl(scheduler, line, rows):
     """-> (the stock scheduler that does to a student what the trainer did, the arguments its pipeline must be called with)."""
     from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
     if line:                                                    # after ADP: one straight jump, first order, no corrector
         return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0, solver_order=1,
                                        disable_corrector=[0], num_train_timesteps=scheduler.config.num_train_timesteps), dict(num_inference_steps=1)
     return DPMSolverMultistepScheduler.from_config(             # at first order, DDIM; diffusers' own DDIM steps to rows it then does not visit,
-        scheduler.config, solver_order=1, timestep_spacing="trailing", final_sigmas_type="zero"), dict(num_inference_steps=steps)   # unless steps divide T
+        scheduler.config, solver_order=1, timestep_spacing="trailing", final_sigmas_type="zero"), dict(num_inference_steps=len(rows) - 1)   # unless steps divide T
 
 
-def schedulers_sd3(scheduler, line, steps):
+def schedulers_sd3(scheduler, line, rows):
     """FlowMatchEuler wants its stops as unshifted sigmas; by their number alone it would choose others."""
     changed = dict(shift=1.0) if line else {}
-    return type(scheduler).from_config(scheduler.config, **changed), dict(num_inference_steps=steps, sigmas=[1 - k / steps for k in range(steps)])
+    return type(scheduler).from_config(scheduler.config, **changed), \
+        dict(num_inference_steps=len(rows) - 1, sigmas=[row / rows[0] for row in rows[:-1]])
 
 
-def decode_image(vae, x0):
+def latent_image(pipe, network, args):
+    """-> (shape of a latent, height, width in pixels, leading frames to drop): the flags', or what the model was made for."""
+    height, width = args.height or network.config.sample_size * pipe.vae_scale_factor, args.width or network.config.sample_size * pipe.vae_scale_factor
+    return (network.config.in_channels, height // pipe.vae_scale_factor, width // pipe.vae_scale_factor), height, width, 0
+
+
+def decode_image(vae, x0, drop):
     """Latents [B,C,h,w] -> images [B,3,H,W] in [-1,1], with gradient."""
     return vae.decode(x0 / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0), return_dict=False)[0].float()
 
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 # class of the pipeline -> what differs between families. `lora`: layers that get an adapter. `last`: what the network is told at
-# the noisy end of ADP's line. `defaults`: the paper's values where they are not SDXL's, from the network's config.
+# the noisy end of ADP's line, None where there is no ADP. `multiple`: pixels come in. `defaults`: the paper's values where they are not SDXL's, from the
+# network's config. `result`: where the pipeline leaves its samples, and how one of them, `sample`, is saved.
+IMAGE = dict(latent=latent_image, decode=decode_image, constant=lambda pipe, shape, height, width: {}, multiple=32,
+             result=("images", 'sample.save("sample.png")'), tag="text-to-image")
 PIPELINES = {
     "StableDiffusionXLPipeline": dict(
-        network="unet", encode=encode_sdxl, schedulers=schedulers_sdxl, decode=decode_image, last=999,
+        IMAGE, network="unet", encode=encode_sdxl, schedulers=schedulers_sdxl, last=999,
         lora=[*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"], defaults=lambda config: {}),
     "StableDiffusion3Pipeline": dict(
-        network="transformer", encode=encode_sd3, schedulers=schedulers_sd3, decode=decode_image, last=1000,
+        IMAGE, network="transformer", encode=encode_sd3, schedulers=schedulers_sd3, last=1000,
         lora=[*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"],
         defaults=lambda config: dict(steps=4, lr_generator=1e-8, guidance=[3.0, 4.0]) if config["num_layers"] == 38 else
         dict(steps=4, lr_generator=1e-6, lora_rank=64)),
@@ -110,7 +120,11 @@ def parse(doc, pipelines, embedded):
     g.add_argument("--resume", metavar="auto|CHECKPOINT", help="go on from the newest whole checkpoint in --out (auto), or from this one")
     g.add_argument("--seed", type=int, default=0)
     g.add_argument("--no-t5", action="store_true", help="SD3 without its third text encoder, 4.7 billion parameters")
-    g.add_argument("--resolution", type=int, help="pixels (default: the model's own, 1024)")
+    g.add_argument("--text-tokens", type=int, help="T5's, for models that have one (default: their pipeline's, 256 for SD3)")
+    g.add_argument("--height", type=int, help="pixels (default: what the model was made for)")
+    g.add_argument("--width", type=int)
+    if not embedded:
+        g.add_argument("--frames", type=int, help="of a video (default: what the model was made for)")
     g = p.add_argument_group("ODE pairs")
     g.add_argument("--pairs", type=int, default=16384, help="how many to collect (paper: silent)")
     g.add_argument("--pair-steps", type=int, default=25, help="teacher's steps, second-order multistep (paper: teacher of 25 steps, Tab. 1)")
@@ -133,6 +147,8 @@ def parse(doc, pipelines, embedded):
     g.add_argument("--guidance", type=float, nargs=2, default=[6.0, 8.0], metavar=("LO", "HI"), help="CFG range of the real score; paper: 6 8, "
                    "SD3.5-Large 3 4, CogVideoX 5 7 (B.5)")
     g.add_argument("--steps", type=int, default=1, help="of the student; paper: SDXL 1, SD3 4, CogVideoX 8, Phased DMD 4")
+    g.add_argument("--cfg-student", type=float, help="train and sample the student under guidance of this weight, two evaluations a step (paper: the row "
+                   "'ADM w/ CFG' of the video tables; default: without)")
     g.add_argument("--ttur", type=int, default=1, help="fake-score updates a generator update; paper: 1 (Tab. 5); Phased DMD 5")
     g.add_argument("--lambdas", type=float, nargs=2, default=[0.85, 0.15], metavar=("LATENT", "PIXEL"), help="ADP weights; paper: 0.85 0.15")
     g.add_argument("--head-channels", type=int, default=256, help="width of a discriminator head (choice)")
@@ -157,7 +173,8 @@ def parse(doc, pipelines, embedded):
     nowhere = None
     if known.model:
         try:
-            row = pipelines[pipeline_class(known.model, pipelines)]
+            kind = pipeline_class(known.model, pipelines)
+            row = pipelines[kind]
             p.set_defaults(**row["defaults"](pipeline_config(known.model, row["network"])))
         except Failure as e:                                    # told after the flags, all of which come first
             nowhere = e
@@ -168,7 +185,7 @@ def parse(doc, pipelines, embedded):
     args, _ = p.parse_known_args()
     if args.iterations is not None:
         args.iterations_adp = args.iterations_adm = args.iterations_phase = args.iterations
-    wrong = problems(args, unknown, embedded)
+    wrong = problems(args, unknown, embedded) + ([] if nowhere or not known.model else row.get("problems", lambda args: [])(args))
     if wrong:
         usage(wrong)
     if nowhere:
@@ -190,7 +207,11 @@ def problems(args, unknown, embedded):
     wrong += [f"--{name} {low} {high}: LO is above HI" for name, (low, high) in (("guidance", args.guidance), ("clamp", args.clamp)) if not low <= high]
     wrong += ["--lambdas: weights must be 0 or above, one of them above"] * (not (min(args.lambdas) >= 0 and max(args.lambdas) > 0))
     wrong += [f"{flag('steps')}: ADP is one-step only; use --stage adm"] * (args.steps > 1 and args.stage == "adp")
+    wrong += [f"{flag(n)}: must be a multiple of 32 above 0" for n in ("height", "width") if getattr(args, n) is not None and (getattr(args, n) < 1 or getattr(args, n) % 32)]
+    wrong += [f"{flag('text_tokens')}: must be above 0"] * (args.text_tokens is not None and args.text_tokens < 1)
+    wrong += [f"{flag('cfg_student')}: must be above 1"] * (args.cfg_student is not None and not args.cfg_student > 1)
     if args.method == "phased_dmd":
+        wrong += [f"{flag('cfg_student')}: not with Phased DMD"] * (args.cfg_student is not None)
         wrong += [f"{flag('stage')}: Phased DMD has no such stage; leave the flag out"] * (args.stage in ("adp", "adm"))
         wrong += [f"{flag('phases')}: must divide --steps {args.steps}"] * (args.phases > 0 and args.steps % args.phases > 0)
     wrong += ["--model is needed: a local directory or hub id"] * (args.model is None and not embedded)
@@ -200,6 +221,10 @@ def problems(args, unknown, embedded):
 
 
 # -------------------------------------------------------------------------------------------------------------- teacher
+
+def text_tokens(args):
+    return dict(max_sequence_length=args.text_tokens) if args.text_tokens else {}
+
 
 class Teacher:
     """A pipeline taken apart for distillation: `net` (frozen), `schedule`, prompt embeddings, `decode`, and the `shape` of a latent.
@@ -212,25 +237,23 @@ class Teacher:
         self.net = getattr(pipe, self.family["network"]).to(device)
         self.schedule = Schedule.from_diffusers(pipe.scheduler).to(device)
         self.line = Schedule.straight(self.schedule.T, self.family["last"]).to(device)
-        pixels, multiple = args.resolution or self.net.config.sample_size * pipe.vae_scale_factor, 4 * pipe.vae_scale_factor
-        if pixels % multiple:
-            raise Failure(f"--resolution {pixels}: this model needs a multiple of {multiple}")
-        self.shape = (self.net.config.in_channels, pixels // pipe.vae_scale_factor, pixels // pipe.vae_scale_factor)
+        self.shape, self.height, self.width, self.drop = self.family["latent"](pipe, self.net, args)
+        self.constant = self.family["constant"](pipe, self.shape, self.height, self.width)
         # what pairs and checkpoints are marked with: a hash of up to 2,000 values from each of the teacher's tensors
         some = [p.detach().flatten()[::1 + p.numel() // 1000] for p in self.net.parameters()]
         self.mark = hashlib.sha256(torch.cat(some).cpu().numpy().tobytes()).hexdigest()[:16]
-        self.facts = dict(teacher=self.mark, prompts=hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16], shape=list(self.shape))
-        self.embed(pipe, out, pixels)
+        self.facts = dict(teacher=self.mark, prompts=hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16], shape=list(self.shape), text_tokens=args.text_tokens)
+        self.embed(args, pipe, out)
 
     @torch.no_grad()
-    def embed(self, pipe, out, pixels):
+    def embed(self, args, pipe, out):
         """prompts/: embeddings in shards, made by all ranks together, then read from the disk as they are needed."""
         long = sum(len(pipe.tokenizer(p).input_ids) > pipe.tokenizer.model_max_length for p in self.prompts)
         if long and world()[0] == 0:
             print(f"warning: {long} of {len(self.prompts)} prompts are longer than {pipe.tokenizer.model_max_length} tokens and are cut there", file=sys.stderr)
         (rank, ranks), n = world(), len(self.prompts)
         pipe.to(self.device)
-        encode = lambda prompts: self.family["encode"](pipe, prompts, pixels, self.device)
+        encode = lambda prompts: self.family["encode"](pipe, prompts, self.height, self.width, self.device, **text_tokens(args))
         for k in range(rank, math.ceil(n / SHARD), ranks):
             path, parts = out.path / "prompts" / f"{k:05d}", range(k * SHARD, min((k + 1) * SHARD, n), 64)
             if not path.exists():
@@ -243,14 +266,14 @@ class Teacher:
     def cond(self, index):
         """LongTensor [B] of prompts -> the network's conditioning for that batch."""
         places = [(self.shards[i // SHARD], i % SHARD) for i in index.tolist()]
-        return nested({name: torch.cat([file.get_slice(name)[i:i + 1] for file, i in places]).to(self.device) for name in self.shards[0].keys()})
+        return nested({name: torch.cat([file.get_slice(name)[i:i + 1] for file, i in places]).to(self.device) for name in self.shards[0].keys()}) | self.constant
 
     def uncond(self, n):
         """The empty prompt, n times."""
-        return nested({name: value.expand(n, *value.shape[1:]) for name, value in flat(self.empty).items()})
+        return nested({name: value.expand(n, *value.shape[1:]) for name, value in flat(self.empty).items()}) | self.constant
 
     def decode(self, x0):
-        return self.family["decode"](self.vae, x0)
+        return self.family["decode"](self.vae, x0, self.drop)
 
     @torch.no_grad()
     def draw(self, sampler, x_T, index, batch):
@@ -263,7 +286,7 @@ class Teacher:
         return lambda x, cond, uncond: sample(self.net, self.schedule, x, rows, cond, uncond, w, order)
 
     @torch.no_grad()
-    def images(self, x0, batch=16):
+    def images(self, x0, batch=8):
         return torch.cat([self.decode(x.to(self.device)).cpu() for x in x0.split(batch)])
 
 
@@ -433,7 +456,7 @@ def run_adm(args, out, teacher, generator, average, student_schedule, facts, che
     rows = student_schedule.rows(args.steps)
     steps = adm(generator, fake_score, teacher.net, Taps(teacher.net), heads, optimizers, teacher.schedule, student_schedule,
                 rows, args.guidance, lambda i: list(micro_batches(args, teacher, 2, i)), args.iterations_adm,
-                (found["iteration"], found["global_iter"]), args.ttur, loss="dmd" if args.method == "dmd" else "adm")
+                (found["iteration"], found["global_iter"]), args.ttur, loss="dmd" if args.method == "dmd" else "adm", student_w=args.cfg_student)
     show = lambda name: look(name, [(average.net, rows)], student_schedule)
     return follow(args, out, "adm", steps, args.iterations_adm, nets, optimizers, average, dict(facts, method=args.method), show, stop)
 
@@ -443,7 +466,7 @@ def run_dmdx(args, out, teacher, checkpoint, reached, look, stop):
     generator = trainable(args, teacher, "generator", args.lora_rank)
     average = Average(generator, args.ema)
     facts = dict(teacher.facts, steps=args.steps, lora_rank=args.lora_rank, seed=args.seed)
-    if args.stage in ("all", "adp") and args.steps == 1 and reached != "adm":
+    if args.stage in ("all", "adp") and args.steps == 1 and teacher.family["last"] and reached != "adm":
         if not run_adp(args, out, teacher, generator, average, facts, checkpoint, look, stop):
             return goodbye(out)
     elif reached != "adm" and (path := newest_checkpoint(out.path / "checkpoints", "adp")):
@@ -529,7 +552,7 @@ def export(args, out, teacher, experts, student_schedule, pipelines):
         else:
             getattr(pipe, network).load_state_dict(net.state_dict())
         if k == 1:
-            pipe.scheduler, call = teacher.family["schedulers"](pipe.scheduler, student_schedule is teacher.line, args.steps)
+            pipe.scheduler, call = teacher.family["schedulers"](pipe.scheduler, student_schedule is teacher.line, student_schedule.rows(args.steps))
             pipe.save_pretrained(folder)
         else:
             getattr(pipe, network).save_pretrained(folder / f"{network}_{k}")
@@ -537,6 +560,8 @@ def export(args, out, teacher, experts, student_schedule, pipelines):
     kind, path = type(pipe).__name__, str(args.model or EMBEDDED)
     load = "".join(f", {name}=None" for name in left_out(args, path, kind))
     facts = dict(network=network, steps=lengths, boundaries=[float(teacher.schedule.timestep[rows[-1]]) for _, rows in experts[:-1]], call=call)
+    call.update({k: v for k, v in dict(height=args.height, width=args.width, num_frames=getattr(args, "frames", None)).items() if v})
+    call.update(text_tokens(args), guidance_scale=args.cfg_student or 0)
     if len(experts) > 1:
         (folder / "experts.json").write_text(json.dumps(facts, indent=1))
     (folder / "README.md").write_text(model_card(args, teacher, f"{str(folder)!r}{load}", kind, type(getattr(pipe, network)).__name__, facts))
@@ -548,6 +573,7 @@ def model_card(args, teacher, source, pipeline, network, facts):
     call = ", ".join(f"{k}={v!r}" for k, v in facts["call"].items())
     how = f"{args.iterations_phase} iterations a phase of Phased DMD" if args.method == "phased_dmd" else \
         (f"{args.iterations_adp} iterations of ADP, " if args.steps == 1 else "") + f"{args.iterations_adm} of {'DMD' if args.method == 'dmd' else 'ADM'}"
+    attribute_of_result, save = teacher.family["result"]
     imports, load, callback = f"from diffusers import {pipeline}", "", ""
     if len(lengths) > 1:                                        # the pipeline asks after each step which network does the next
         after = [k for k, n in enumerate(lengths) for _ in range(n)][1:] + [0]
@@ -557,16 +583,16 @@ def model_card(args, teacher, source, pipeline, network, facts):
         callback = ", callback_on_step_end=switch"
     return f"""---
 library_name: diffusers
-pipeline_tag: text-to-image
+pipeline_tag: {teacher.family["tag"]}
 ---
-A {args.steps}-step student of `{args.model or "the embedded teacher of captioned shapes"}`: {how}, seed {args.seed}. Sample without
-guidance, which is distilled in (weights {args.guidance[0]:g} to {args.guidance[1]:g}).
+A {args.steps}-step student of `{args.model or "the embedded teacher of captioned shapes"}`: {how}, seed {args.seed}. Guidance
+is distilled in (weights {args.guidance[0]:g} to {args.guidance[1]:g}){"" if args.cfg_student is None else ", and the student takes its own besides"}.
 
 ```python
 {imports}
 pipe = {pipeline}.from_pretrained({source})
-{load}image = pipe({teacher.prompts[0]!r}, {call}, guidance_scale=0{callback}).images[0]
-image.save("image.png")
+{load}sample = pipe({teacher.prompts[0]!r}, {call}{callback}).{attribute_of_result}[0]
+{save}
 ```
 """
 
@@ -579,7 +605,7 @@ def examine(args, out, teacher, experts, student_schedule):
     x = Draws((args.seed, 3), 0, range(half), teacher.shape).normal()
     draw = lambda sampler: teacher.images(teacher.draw(sampler, x, prompt[:half], 128))
     drawn = dict(teacher=teacher.images(x_0[:half]), untrained=draw(teacher.sampler(teacher.schedule.rows(args.steps), args.pair_guidance)),
-                 student=draw(student(experts, student_schedule)))
+                 student=draw(student(args, experts, student_schedule)))
     table = {name: dict(accuracy=shapes.accuracy(images, captions), coverage_tv=shapes.coverage_tv(images, reference)) for name, images in drawn.items()}
     print(f"\n{'':34s}caption accuracy   coverage TV   ({half} images each)")
     for name, label in (("teacher", f"teacher, {args.pair_steps} steps with guidance"), ("untrained", f"teacher, {args.steps} step"), ("student", f"student, {args.steps} step")):
@@ -587,14 +613,19 @@ def examine(args, out, teacher, experts, student_schedule):
     return table
 
 
-def student(experts, schedule):
-    return lambda x, cond, uncond: generate(experts, schedule, x, cond)
+def student(args, experts, schedule):
+    """-> sampler(x_T, cond, uncond)."""
+    if args.cfg_student is None:
+        return lambda x, cond, uncond: generate(experts, schedule, x, cond)
+    (net, rows), = experts
+    return lambda x, cond, uncond: sample(net, schedule, x, rows, cond, uncond, args.cfg_student)
 
 
 def pictures(args, out, teacher):
-    """-> look(file, experts, schedule): draw student beside teacher for eight fixed prompts and seeds."""
-    index = torch.arange(8) * 7 % len(teacher.prompts)
-    x_T = Draws((args.seed, 4), 0, range(8), teacher.shape).normal()
+    """-> look(file, experts, schedule): draw student beside teacher for eight fixed prompts and seeds, or two videos."""
+    count = 8 if len(teacher.shape) == 3 else 2
+    index = torch.arange(count) * 7 % len(teacher.prompts)
+    x_T = Draws((args.seed, 4), 0, range(count), teacher.shape).normal()
     rows = {}
 
     def look(file, experts, schedule):
@@ -604,8 +635,8 @@ def pictures(args, out, teacher):
         if not rows:
             rows[f"teacher, {args.pair_steps} steps"] = draw(teacher.sampler(teacher.schedule.rows(args.pair_steps), args.pair_guidance, 2))
             rows[f"teacher, {args.steps} step"] = draw(teacher.sampler(teacher.schedule.rows(args.steps), args.pair_guidance))
-        rows[f"student, {args.steps} step"] = images = draw(student(experts, schedule))
-        grid(out.path / file, rows, [teacher.prompts[i] for i in index])
+        rows[f"student, {args.steps} step"] = images = draw(student(args, experts, schedule))
+        (grid if images.dim() == 4 else contact_sheet)(out.path / file, rows, [teacher.prompts[i] for i in index])
         return dict(x_T=x_T, prompt=index, images=images)
     return look
 
@@ -632,7 +663,7 @@ def main(doc, pipelines, embedded):
         checkpointing(teacher.net), checkpointing(teacher.vae)
     look = pictures(args, out, teacher)
 
-    adp_follows = args.method != "phased_dmd" and args.steps == 1 and args.stage == "all"
+    adp_follows = args.method != "phased_dmd" and args.steps == 1 and args.stage == "all" and teacher.family["last"]
     if (args.stage == "pairs" or adp_follows or args.model is None) and not collect_pairs(args, out, teacher, stop):
         return goodbye(out)
     barrier()

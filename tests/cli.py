@@ -19,7 +19,7 @@ import torch.distributed.run  # noqa: F401
 import transformers.utils.logging
 
 transformers.utils.logging.set_verbosity_error()                # what it says of missing extras would be in every run's output
-from diffusers import (DDIMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline,  # noqa: E402, F401
+from diffusers import (CogVideoXPipeline, DPMSolverMultistepScheduler, StableDiffusion3Pipeline,  # noqa: E402, F401
                        StableDiffusionXLPipeline, UniPCMultistepScheduler)
 from transformers import Dinov2Model, SamVisionModel  # noqa: E402, F401
 

@@ -46,3 +46,21 @@ def sd3(kind="medium", with_t5=True):
     return StableDiffusion3Pipeline(
         transformer=transformer.eval(), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=image_vae(4, True).eval(), tokenizer=tok, tokenizer_2=tok,
         tokenizer_3=tok3, text_encoder=clip_text(tok, 16, True).eval(), text_encoder_2=clip_text(tok, 16, True).eval(), text_encoder_3=text3)
+
+
+def cogvideox(kind="2b"):
+    """kind: '2b' (30 blocks), '5b' (42, rotary embeddings) or '1.5' (42, rotary, pairs of latent frames). 32x32 pixels, 9 frames."""
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+    torch.manual_seed(0)
+    tok, text = t5(16, 226)
+    special = {"2b": dict(num_layers=30), "5b": dict(num_layers=42, use_rotary_positional_embeddings=True),
+               "1.5": dict(num_layers=42, use_rotary_positional_embeddings=True, patch_size_t=2, patch_bias=False)}[kind]
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=1, attention_head_dim=16, in_channels=4, out_channels=4, text_embed_dim=16, time_embed_dim=8, max_text_seq_length=226,
+        sample_width=4, sample_height=4, sample_frames=9, **special)
+    vae = AutoencoderKLCogVideoX(block_out_channels=(8, 8, 8, 8), norm_num_groups=2, layers_per_block=1, latent_channels=4, sample_height=32,
+                                 sample_width=32, down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4)
+    scheduler = CogVideoXDDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
+                                       snr_shift_scale=3.0 if kind == "2b" else 1.0, rescale_betas_zero_snr=True, timestep_spacing="trailing",
+                                       set_alpha_to_one=True, clip_sample=False)
+    return CogVideoXPipeline(tokenizer=tok, text_encoder=text, vae=vae.eval(), transformer=transformer.eval(), scheduler=scheduler)

@@ -144,8 +144,12 @@ def test_tables_are_the_published_formulas(name):
 
 def test_flow_shift_is_read_under_each_of_its_names_or_given():
     wan = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
-    wan.set_timesteps(999)                                      # its own rows: 1000 down to 2
-    assert_close(Schedule.from_diffusers(wan).sigma[2:].flip(0), wan.sigmas[:-1].double(), rtol=0, atol=2e-6)
+    for steps in (1, 4, 8, 1000):
+        wan.set_timesteps(steps)
+        schedule = Schedule.from_diffusers(wan)
+        rows = schedule.rows(steps)[:-1]
+        assert_close(schedule.sigma[rows], wan.sigmas[:-1].double(), rtol=0, atol=2e-6)
+        assert_close(schedule.timestep[rows].long(), wan.timesteps, rtol=0, atol=0 if steps < 1000 else 1)   # whole ones, cut off in float32
     qwen = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     qwen.set_timesteps(sigmas=[k / 1000 for k in range(1000, 0, -1)], mu=0.8)
     schedule = Schedule.from_diffusers(qwen, shift=math.exp(0.8))

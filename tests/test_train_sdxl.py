@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 kept, prompts = load_file(sys.argv[1]), sys.argv[2:]
 more = dict(latents=kept["x_T"], output_type="pt")
 {}
-print((image * 2 - 1 - kept["images"].clamp(-1, 1)).abs().max().item(), kept["images"].std().item())
+print((sample * 2 - 1 - kept["images"].clamp(-1, 1)).abs().max().item(), kept["images"].std().item())
 """
 
 
@@ -56,7 +56,7 @@ def stock_difference(out):
     prompt = repr(shapes.CAPTIONS[0])
     assert f"pipe({prompt}, " in snippet and ").images[0]\n" in snippet
     snippet = snippet.replace(f"pipe({prompt}, ", "pipe([prompts[i] for i in kept['prompt']], **more, ").replace(").images[0]\n", ").images\n")
-    snippet = snippet.replace('image.save("image.png")', "")
+    snippet = snippet.replace('sample.save("sample.png")', "")
     done = succeeded(Run("-c", CARD.format(snippet), out / "samples" / "samples.safetensors", *shapes.CAPTIONS[:5]).wait())
     difference, spread = map(float, done.stdout.split()[-2:])
     assert spread > 0.01, "the samples are blank: nothing was compared"
@@ -98,7 +98,7 @@ def test_model_card_snippet_runs(finished, tmp_path):
     snippet = card.split("```python\n")[1].split("```")[0]
     assert len(snippet.splitlines()) <= 5
     succeeded(Run("-c", snippet, folder=tmp_path).wait())
-    assert (tmp_path / "image.png").exists()
+    assert (tmp_path / "sample.png").exists()
 
 
 def stop_when(small, out, checkpoint, *flags):
@@ -138,7 +138,7 @@ def test_phased_dmd_stopped_and_resumed_is_bit_equal(small, phased, tmp_path):
 def test_phased_dmd_export(phased):
     """Both experts, switched at their boundary by the pipeline's own callback."""
     facts = json.loads((phased / "export" / "experts.json").read_text())
-    assert facts == dict(network="unet", steps=[2, 2], boundaries=[499.0], call=dict(num_inference_steps=4))
+    assert facts == dict(network="unet", steps=[2, 2], boundaries=[499.0], call=dict(num_inference_steps=4, guidance_scale=0))
     first, second = (load_file(phased / "export" / name / "diffusion_pytorch_model.safetensors") for name in ("unet", "unet_2"))
     assert any((first[k] != second[k]).any() for k in first)
     assert stock_difference(phased) < 1e-4

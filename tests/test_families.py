@@ -1,0 +1,180 @@
+"""Every family of the papers from the command line, on a small random pipeline of the true structure: train, stop, resume, export, and
+the stock pipeline draws what the trainer drew."""
+import re
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+
+import pipelines
+from cli import ROOT, Run, failed, succeeded
+
+QUICK = ("--pairs 4 --pair-steps 2 --iterations 3 --batch-size 1 --save-every 1 --sample-every 100 --head-channels 8 --accumulate 1 --ttur 1 "
+         "--lr-generator-adp 1e-3 --lr-generator 1e-3 --lr-fake 1e-3 --lr-discriminator 1e-3").split()
+PROMPTS = ["a small red circle on green", "two dogs"]
+# the model card's own lines, given the trainer's noise, against the trainer's samples
+CARD = """
+import sys, torch
+from safetensors.torch import load_file
+kept, prompts = load_file(sys.argv[1]), sys.argv[2:]
+{}
+if sample.dim() == 5:
+    sample = sample.transpose(1, 2)
+print((sample * 2 - 1 - kept["images"].clamp(-1, 1)).abs().max().item(), kept["images"].std().item())
+"""
+
+# name: (script, how the pipeline is built, its heads)
+FAMILIES = {
+    "sd3-medium": ("train_sdxl.py", lambda: pipelines.sd3("medium"), 24),
+    "sd3-medium without T5": ("train_sdxl.py", lambda: pipelines.sd3("medium", with_t5=False), 24),
+    "sd3.5-medium": ("train_sdxl.py", lambda: pipelines.sd3("3.5-medium"), 24),
+    "sd3.5-large": ("train_sdxl.py", lambda: pipelines.sd3("3.5-large"), 38),
+    "cogvideox-2b": ("train_cogvideox.py", lambda: pipelines.cogvideox("2b"), 10),
+    "cogvideox-5b": ("train_cogvideox.py", lambda: pipelines.cogvideox("5b"), 14),
+    "cogvideox-1.5": ("train_cogvideox.py", lambda: pipelines.cogvideox("1.5"), 14),
+}
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory):
+    root = tmp_path_factory.mktemp("families")
+    (root / "prompts.txt").write_text("\n".join(PROMPTS))
+
+    def saved(name):
+        """-> (script, the pipeline's folder, the prompt file)."""
+        script, build, _ = FAMILIES[name]
+        folder = root / name.replace(" ", "-")
+        if not folder.exists():
+            build().save_pretrained(folder)
+        return script, folder, root / "prompts.txt"
+    return saved
+
+
+def start(family, name, out, *flags):
+    script, folder, prompts = family(name)
+    return Run(ROOT / script, "--model", folder, "--prompts", prompts, "--out", out, *QUICK, *flags)
+
+
+def stock_difference(out):
+    """A new process, stock diffusers, the model card's lines: largest difference from the trainer's own samples."""
+    code = (out / "export" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code, calls = re.subn(re.escape(f"pipe({PROMPTS[0]!r}, "), "pipe([prompts[i] for i in kept['prompt']], latents=kept['x_T'], output_type='pt', ", code)
+    code, ends = re.subn(r"\)\.(images|frames)\[0\]\n(.|\n)*", r").\1\n", code)
+    assert calls == ends == 1, code
+    done = succeeded(Run("-c", CARD.format(code), out / "samples" / "samples.safetensors", *PROMPTS).wait())
+    difference, spread = map(float, done.stdout.split()[-2:])
+    assert spread > 0.01, "the samples are blank: nothing was compared"
+    return difference
+
+
+def interrupted(family, name, out, checkpoint, *flags):
+    run = start(family, name, out, *flags)
+    while not (out / "checkpoints" / checkpoint).exists() and run.alive():
+        time.sleep(0.01)
+    run.send(signal.SIGINT)
+    succeeded(run.wait())
+    succeeded(start(family, name, out, "--resume", "auto", *flags).wait())
+
+
+PHASED = [n for n in FAMILIES if n not in ("sd3-medium without T5", "sd3.5-large", "cogvideox-1.5")]
+VARIANTS = {
+    "sd3 in one step by ADP": ("sd3-medium", "--steps", "1", "--lora-rank", "0", "--pixel-backbone", "vision"),
+    "sd3.5 without T5 by LoRA": ("sd3.5-medium", "--no-t5", "--lora-rank", "2", "--lora-rank-fake", "2", "--grad-checkpointing", "--steps", "3"),
+    "sd3, other sizes": ("sd3-medium", "--text-tokens", "5", "--height", "64", "--method", "dmd", "--steps", "2"),
+    "the student under guidance": ("cogvideox-2b", "--cfg-student", "3", "--steps", "2"),
+    "cogvideox by LoRA, other sizes": ("cogvideox-5b", "--lora-rank", "2", "--lora-rank-fake", "2", "--grad-checkpointing", "--steps", "2",
+                                       "--frames", "5", "--width", "64")}
+
+
+@pytest.fixture(scope="session")
+def runs(family, tmp_path_factory):
+    """(test, name) -> a future of the run's folder: two at a time in the background, in the order the tests ask."""
+    from transformers import SamVisionConfig, SamVisionModel
+    root = tmp_path_factory.mktemp("runs")
+    SamVisionModel(SamVisionConfig(image_size=32, patch_size=4, hidden_size=16, mlp_dim=16, num_hidden_layers=4, num_attention_heads=2, output_channels=16,
+                                   window_size=0, global_attn_indexes=[0, 1, 2, 3])).save_pretrained(root / "vision")
+    for name in FAMILIES:
+        family(name)
+
+    def adm(name, out):
+        interrupted(family, name, out, "adm-00000001", "--steps", "2")
+        return out
+
+    def whole(name, out, *flags):
+        succeeded(start(family, name, out, *(str(root / "vision") if f == "vision" else f for f in flags)).wait())
+        return out
+
+    with ThreadPoolExecutor(2) as pool:
+        jobs = {("adm", name): pool.submit(adm, name, root / f"adm {name}") for name in FAMILIES}
+        jobs |= {("phased", name): pool.submit(whole, name, root / f"phased {name}", *"--method phased_dmd --steps 4 --lora-rank 2 --lora-alpha 1".split())
+                 for name in PHASED}
+        jobs |= {("variant", label): pool.submit(whole, name, root / label, *flags) for label, (name, *flags) in VARIANTS.items()}
+        yield jobs
+        for job in jobs.values():                               # of tests that were not asked for
+            job.cancel()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_adm(runs, name):
+    """Interrupted and resumed; as many heads as the paper counts."""
+    out = runs["adm", name].result()
+    heads = load_file(out / "checkpoints" / "adm-00000003" / "heads.safetensors")
+    assert len({k.split(".")[1] for k in heads}) == FAMILIES[name][2]
+    assert stock_difference(out) < 1e-4
+
+
+@pytest.mark.parametrize("name", PHASED)
+def test_phased_dmd(runs, name):
+    assert stock_difference(runs["phased", name].result()) < 1e-4
+
+
+@pytest.mark.parametrize("label", VARIANTS)
+def test_variants(runs, label):
+    assert stock_difference(runs["variant", label].result()) < 1e-4
+
+
+def test_lora_files_load_in_the_stock_pipeline(family, tmp_path):
+    """lora/ on the teacher is the exported student: the file is whole, named as diffusers reads it, and of the right strength."""
+    succeeded(start(family, "sd3-medium", tmp_path / "out", "--steps", "2", "--lora-rank", "2", "--lora-alpha", "1").wait())
+    teacher, student = DiffusionPipeline.from_pretrained(family("sd3-medium")[1]), DiffusionPipeline.from_pretrained(tmp_path / "out" / "export")
+    before = {k: v.clone() for k, v in teacher.transformer.state_dict().items()}
+    teacher.load_lora_weights(tmp_path / "out" / "export" / "lora")
+    teacher.fuse_lora()
+    teacher.unload_lora_weights()
+    expected = student.transformer.state_dict()
+    changed = [k for k, v in teacher.transformer.state_dict().items() if (v - before[k]).abs().max() > 0]
+    assert len(changed) > 24 * 4
+    for k, v in teacher.transformer.state_dict().items():
+        assert (v - expected[k]).abs().max() < 1e-6, k
+
+
+def test_the_papers_values_are_each_models_defaults(family):
+    """What --help cannot show: the family's own steps, rates and guidance, from its config."""
+    import sys
+
+    import train_cogvideox
+    import train_sdxl
+    expected = {"sd3-medium": (4, 1e-6, [6.0, 8.0], 64), "sd3.5-large": (4, 1e-8, [3.0, 4.0], 0), "cogvideox-2b": (8, 1e-7, [5.0, 7.0], 0)}
+    before = sys.argv
+    for name, (steps, lr, guidance, rank) in expected.items():
+        script, folder, prompts = family(name)
+        sys.argv = [script, "--model", str(folder), "--prompts", str(prompts)]
+        rows = train_sdxl.PIPELINES if script == "train_sdxl.py" else train_cogvideox.PIPELINES
+        args = train_sdxl.parse("", rows, embedded=False)
+        assert (args.steps, args.lr_generator, args.guidance, args.lora_rank) == (steps, lr, guidance, rank), name
+        sys.argv += ["--method", "phased_dmd"]
+        args = train_sdxl.parse("", rows, embedded=False)
+        assert (args.steps, args.lr_generator, args.lr_fake, args.lora_rank, args.lora_alpha, args.ttur) == (4, 5e-5, 4e-7, 64, 8.0, 5), name
+    sys.argv = before
+
+
+def test_bad_usage(family, tmp_path):
+    failed(start(family, "cogvideox-2b", tmp_path / "out", "--steps", "3", "--frames", "8", "--stage", "adp").wait(), 2, "--steps 3", "--frames 8", "--stage adp")
+    failed(start(family, "sd3-medium", tmp_path / "out", "--height", "65").wait(), 2, "--height 65", "32")
+    failed(Run(ROOT / "train_cogvideox.py", "--out", tmp_path / "out").wait(), 2, "--model")
+    failed(Run(ROOT / "train_cogvideox.py", "--out", tmp_path / "out", "--model", family("sd3-medium")[1], "--prompts", family("sd3-medium")[2]).wait(), 1,
+           "StableDiffusion3Pipeline", "CogVideoXPipeline")
+    assert not (tmp_path / "out").exists()
