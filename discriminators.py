@@ -98,6 +98,9 @@ FAMILIES = {
     "CogVideoXTransformer3DModel": (                            # every third block, which returns (video, text); x is [B,T,C,H,W]
         lambda net: net.transformer_blocks[2::3],
         lambda net, x, out: to_grid(out[0], x.shape[1] // (net.config.patch_size_t or 1), *(n // net.config.patch_size for n in x.shape[3:]))),
+    "WanTransformer3DModel": (                                  # every third block (choice); x is [B,C,T,H,W], patches are 1x2x2
+        lambda net: net.blocks[2::3],
+        lambda net, x, out: to_grid(out, *(n // p for n, p in zip(x.shape[2:], net.config.patch_size)))),
     "SamVisionModel": (                                         # channels last
         lambda net: quarters(net.vision_encoder.layers),
         lambda net, x, out: out.permute(0, 3, 1, 2)),

@@ -134,7 +134,7 @@ class Adam:
     A step averages the gradients over the ranks, clips their norm, and refuses what is not finite, on every rank alike."""
 
     def __init__(self, name, params, lr, clip, betas=(0.0, 0.99)):
-        self.name, self.params, self.clip = name, [p for p in params if p.requires_grad], clip
+        self.name, self.params, self.clip, self.rate = name, [p for p in params if p.requires_grad], clip, lr
         self.adam = torch.optim.AdamW(self.params, lr, betas=betas, weight_decay=0.0, fused=True)
 
     def step(self):
@@ -146,6 +146,7 @@ class Adam:
         if not torch.isfinite(norm):
             raise Failure(f"the gradient of the {self.name} is not finite: nothing was stepped or saved; "
                           f"resume from the last checkpoint with a lower learning rate")
+        self.adam.param_groups[0]["lr"] = self.rate
         self.adam.step()
 
     def zero_grad(self):
@@ -154,14 +155,15 @@ class Adam:
 
 def checkpointing(net):
     """Recompute activations in the backward pass, under the adapter the forward pass ran with."""
-    def recompute(module, *args):
-        name = net.__dict__.get("adapter")
+    for unit in getattr(net, "units", [net]):
+        def recompute(module, *args, unit=unit):
+            name = unit.__dict__.get("adapter")
 
-        def again(*args):
-            with active(net, name):
-                return module(*args)
-        return checkpoint(again, *args, use_reentrant=False)
-    net.enable_gradient_checkpointing(recompute)
+            def again(*args):
+                with active(unit, name):
+                    return module(*args)
+            return checkpoint(again, *args, use_reentrant=False)
+        unit.enable_gradient_checkpointing(recompute)
 
 
 @contextmanager

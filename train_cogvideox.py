@@ -44,8 +44,9 @@ def schedulers_cogvideox(scheduler, line, rows):
     return CogVideoXDDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False), dict(num_inference_steps=len(rows) - 1)
 
 
-def problems(args):
-    wrong = [f"--steps {args.steps}: must divide 1000, or diffusers' CogVideoXDDIM would take other steps"] * (args.steps < 1 or 1000 % args.steps > 0)
+def video_problems(args):
+    """What is wrong with these flags for a video family."""
+    wrong = [f"--steps {args.steps}: must divide 1000, or the stock scheduler would take other steps"] * (args.steps < 1 or 1000 % args.steps > 0)
     wrong += [f"--frames {args.frames}: must be 1 more than a multiple of 4"] * (args.frames is not None and (args.frames < 1 or args.frames % 4 != 1))
     return wrong + ["--stage adp: ADP is for images; leave the flag out"] * (args.stage == "adp")
 
@@ -53,7 +54,7 @@ def problems(args):
 PIPELINES = {
     "CogVideoXPipeline": dict(
         network="transformer", encode=encode_cogvideox, schedulers=schedulers_cogvideox, latent=latent_video, constant=rotary, decode=decode_video,
-        last=None, lora=[*ATTENTION, "ff.net.0.proj", "ff.net.2"], problems=problems, tag="text-to-video",
+        last=None, lora=[*ATTENTION, "ff.net.0.proj", "ff.net.2"], problems=video_problems, tag="text-to-video",
         defaults=lambda config: dict(steps=8, guidance=[5.0, 7.0], pair_guidance=6.0, pair_steps=50),
         result=("frames", 'from diffusers.utils import export_to_gif\nexport_to_gif(sample, "sample.gif")')),
 }

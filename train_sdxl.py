@@ -16,6 +16,7 @@ import json
 import math
 import sys
 import time
+from copy import deepcopy
 from functools import reduce
 from pathlib import Path
 
@@ -98,8 +99,8 @@ PIPELINES = {
 PHASED = dict(steps=4, ttur=5, lr_generator=5e-5, lora_rank=64, lora_alpha=8.0, lr_fake=4e-7, accumulate=16)
 
 # What the embedded teacher wants instead of the paper's values: three orders of magnitude fewer weights and iterations.
-SHAPES = dict(pairs=2048, pair_steps=20, pair_guidance=3.0, iterations_adp=1000, iterations_adm=200, batch_size=32,
-              lr_generator_adp=3e-4, lr_generator=2e-5, lr_fake=1e-3, lr_discriminator=1e-3, guidance=[2.0, 4.0], ema=0.99, head_channels=64,
+SHAPES = dict(pairs=2048, pair_steps=20, pair_guidance=3.0, iterations_adp=1500, iterations_adm=150, batch_size=32, decay=True,
+              lr_generator_adp=3e-4, lr_generator=1e-5, lr_fake=1e-3, lr_discriminator=1e-3, guidance=[2.0, 4.0], ema=0.98, head_channels=64,
               pixel_backbone=str(EMBEDDED / "vision_encoder"), sample_every=250, save_every=250)
 SHAPES_PHASED = dict(SHAPES, iterations_phase=150, lr_generator=1e-4, lora_rank=0, accumulate=1)
 
@@ -142,6 +143,8 @@ def parse(doc, pipelines, embedded):
     g.add_argument("--lr-fake", type=float, default=1e-6, help="paper: 1e-6 (B.5); Phased DMD 4e-7")
     g.add_argument("--lr-discriminator", type=float, default=5e-6, help="paper: 5e-6 (B.5)")
     g.add_argument("--clip", type=float, default=1.0, help="largest gradient norm, 0 for none (choice)")
+    g.add_argument("--decay", action=argparse.BooleanOptionalAction, default=False, help="let the generator's rate fall to zero over a stage, in a straight line "
+                   "(choice; paper: constant)")
     g.add_argument("--ema", type=float, default=0.0, help="decay of the generator's average that is sampled and exported, 0 for none (choice)")
     g = p.add_argument_group("method")
     g.add_argument("--guidance", type=float, nargs=2, default=[6.0, 8.0], metavar=("LO", "HI"), help="CFG range of the real score; paper: 6 8, "
@@ -234,7 +237,8 @@ class Teacher:
         pipe = load_pipeline(args, pipelines)
         self.family = pipelines[type(pipe).__name__]
         self.prompts, self.device, self.vae = prompts, device, pipe.vae.to(device)
-        self.net = getattr(pipe, self.family["network"]).to(device)
+        self.net = (self.family.get("join") or (lambda pipe: getattr(pipe, self.family["network"])))(pipe).to(device)
+        self.units = getattr(self.net, "units", [self.net])     # two where the teacher is two networks, noisier first: Wan2.2
         self.schedule = Schedule.from_diffusers(pipe.scheduler).to(device)
         self.line = Schedule.straight(self.schedule.T, self.family["last"]).to(device)
         self.shape, self.height, self.width, self.drop = self.family["latent"](pipe, self.net, args)
@@ -244,6 +248,10 @@ class Teacher:
         self.mark = hashlib.sha256(torch.cat(some).cpu().numpy().tobytes()).hexdigest()[:16]
         self.facts = dict(teacher=self.mark, prompts=hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16], shape=list(self.shape), text_tokens=args.text_tokens)
         self.embed(args, pipe, out)
+
+    def part(self, rows):
+        """Which of its units, counted from 0, the teacher would use at the last step of these rows."""
+        return int(len(self.units) > 1 and float(self.schedule.timestep[rows[-2]]) < self.net.boundary)
 
     @torch.no_grad()
     def embed(self, args, pipe, out):
@@ -360,11 +368,14 @@ def load_vision_encoder(path, device):
     return classes[kind].from_pretrained(path).to(device, torch.float32)
 
 
-def trainable(args, teacher, name, rank):
-    """A network that starts as the teacher: a copy of all of it to train, or a LoRA on the teacher's own weights."""
+def trainable(args, teacher, name, rank, source=None):
+    """A network that starts as the teacher, or as one of its units: a copy of all of it to train, or a LoRA on those very weights."""
+    source = source or teacher.net
+    if rank and source not in teacher.units:
+        raise Failure(f"--lora-rank{'-fake' if 'fake' in name else ''} {rank}: this teacher is two networks, and what replaces both is trained fully; give 0")
     if rank:
-        return Lora(teacher.net, name, rank, args.lora_alpha or rank, teacher.family["lora"])
-    net = full_copy(teacher.net).float().requires_grad_(True)
+        return Lora(source, name, rank, args.lora_alpha or rank, teacher.family["lora"])
+    net = full_copy(source).float().requires_grad_(True)
     if args.grad_checkpointing:
         checkpointing(net)
     return autocast(net, teacher.device, args.bf16)
@@ -418,7 +429,7 @@ def run_adp(args, out, teacher, generator, average, facts, checkpoint, look, sto
     torch.manual_seed(args.seed)
     vision = autocast(load_vision_encoder(args.pixel_backbone, teacher.device), teacher.device, args.bf16)
     one = torch.zeros(1, *teacher.shape, device=teacher.device)
-    heads = heads_for(teacher.net, one, args.head_channels, timestep=torch.zeros(1), **teacher.uncond(1)).to(teacher.device)
+    heads = heads_for(teacher.units[-1], one, args.head_channels, timestep=torch.zeros(1), **teacher.uncond(1)).to(teacher.device)
     pixel_heads = heads_for(vision, torch.zeros(1, 3, vision.config.image_size, vision.config.image_size), args.head_channels).to(teacher.device)
     optimizers = (Adam("generator", generator.parameters(), args.lr_generator_adp, args.clip),
                   Adam("latent heads", heads.parameters(), args.lr_discriminator, args.clip),
@@ -435,10 +446,10 @@ def run_adp(args, out, teacher, generator, average, facts, checkpoint, look, sto
             pick = draws.rows(0, len(prompt) - 1).cpu()
             yield draws, x_0[pick].to(teacher.device), x_T[pick].to(teacher.device), teacher.cond(prompt[pick])
 
-    steps = adp(generator, Taps(teacher.net), heads, Taps(vision), pixel_heads, teacher.decode, optimizers, teacher.schedule, teacher.line,
+    steps = adp(generator, Taps(teacher.units[-1]), heads, Taps(vision), pixel_heads, teacher.decode, optimizers, teacher.schedule, teacher.line,
                 lambda i: list(batches(i)), args.iterations_adp, begin, args.lambdas)
     show = lambda name: look(name, [(average.net, teacher.line.rows(1))], teacher.line)
-    return follow(args, out, "adp", steps, args.iterations_adp, nets, optimizers, average, facts, show, stop)
+    return follow(args, out, "adp", steps, begin, args.iterations_adp, nets, optimizers, average, facts, show, stop)
 
 
 def run_adm(args, out, teacher, generator, average, student_schedule, facts, checkpoint, look, stop):
@@ -446,7 +457,7 @@ def run_adm(args, out, teacher, generator, average, student_schedule, facts, che
     torch.manual_seed(args.seed)
     fake_score = trainable(args, teacher, "fake", args.lora_rank_fake)
     one = torch.zeros(1, *teacher.shape, device=teacher.device)
-    heads = heads_for(teacher.net, one, args.head_channels, timestep=torch.zeros(1), **teacher.uncond(1)).to(teacher.device)
+    heads = heads_for(teacher.units[-1], one, args.head_channels, timestep=torch.zeros(1), **teacher.uncond(1)).to(teacher.device)
     optimizers = (Adam("generator", generator.parameters(), args.lr_generator, args.clip),
                   Adam("fake score", fake_score.parameters(), args.lr_fake, args.clip),
                   Adam("latent heads", heads.parameters(), args.lr_discriminator, args.clip))
@@ -454,11 +465,11 @@ def run_adm(args, out, teacher, generator, average, student_schedule, facts, che
     autocast(heads, teacher.device, args.bf16)
     found = load_checkpoint(checkpoint, dict(facts, method=args.method), nets, optimizers) if checkpoint else dict(iteration=0, global_iter=0)
     rows = student_schedule.rows(args.steps)
-    steps = adm(generator, fake_score, teacher.net, Taps(teacher.net), heads, optimizers, teacher.schedule, student_schedule,
+    steps = adm(generator, fake_score, teacher.net, Taps(teacher.units[-1]), heads, optimizers, teacher.schedule, student_schedule,
                 rows, args.guidance, lambda i: list(micro_batches(args, teacher, 2, i)), args.iterations_adm,
                 (found["iteration"], found["global_iter"]), args.ttur, loss="dmd" if args.method == "dmd" else "adm", student_w=args.cfg_student)
     show = lambda name: look(name, [(average.net, rows)], student_schedule)
-    return follow(args, out, "adm", steps, args.iterations_adm, nets, optimizers, average, dict(facts, method=args.method), show, stop)
+    return follow(args, out, "adm", steps, found["iteration"], args.iterations_adm, nets, optimizers, average, dict(facts, method=args.method), show, stop)
 
 
 def run_dmdx(args, out, teacher, checkpoint, reached, look, stop):
@@ -490,7 +501,7 @@ def run_phases(args, out, teacher, checkpoint, reached, look, stop):
         torch.manual_seed(args.seed)
         stage, facts = f"phase{k}", dict(teacher.facts, steps=args.steps, phases=args.phases, lora_rank=args.lora_rank, seed=args.seed,
                                          method=args.method, weighting=args.weighting)
-        generator = trainable(args, teacher, stage, args.lora_rank)
+        generator = trainable(args, teacher, stage, args.lora_rank, teacher.units[teacher.part(phase)])
         average = Average(generator, args.ema)
         if reached and stage < reached:                         # finished before this run
             path = newest_checkpoint(out.path / "checkpoints", stage)
@@ -506,18 +517,21 @@ def run_phases(args, out, teacher, checkpoint, reached, look, stop):
                                lambda i: list(micro_batches(args, teacher, 10 + k, i)), args.iterations_phase,
                                (found["iteration"], found["global_iter"]), args.ttur, args.weighting, args.narrow, args.clamp)
             show = lambda name: look(name, [*experts, (average.net, [*phase[:-1], 0])], teacher.schedule)   # its last jump goes on to 0
-            if not follow(args, out, stage, steps, args.iterations_phase, nets, optimizers, average, facts, show, stop):
+            if not follow(args, out, stage, steps, found["iteration"], args.iterations_phase, nets, optimizers, average, facts, show, stop):
                 return goodbye(out)
         experts.append((average.net, phase))
     return experts, teacher.schedule
 
 
-def follow(args, out, stage, steps, iterations, nets, optimizers, average, facts, show, stop):
+def follow(args, out, stage, steps, begin, iterations, nets, optimizers, average, facts, show, stop):
     """The body of every stage's loop: average, log, save, look -> False if it was stopped early."""
-    began, bar = time.time(), None
+    began, bar, full = time.time(), None, optimizers[0].rate
+    rate = lambda i: full * (1 - i / iterations) if args.decay else full
+    optimizers[0].rate = rate(begin)
     for losses in steps:
         average.update()
         i, last, stopping = losses["iteration"], losses["iteration"] == iterations, bool(stop)
+        optimizers[0].rate = rate(i)
         if world()[0] == 0:
             bar = bar or tqdm(total=iterations, initial=i - 1, desc=stage, unit="it", mininterval=1.0)
             bar.update()
@@ -541,25 +555,37 @@ def export(args, out, teacher, experts, student_schedule, pipelines):
     """export/: the student as a pipeline for stock diffusers, with the scheduler that does what the trainer did, and a model card.
     Further experts lie beside the first (unet_2, ...) as Wan2.2's do; experts.json has their boundaries. LoRAs also go to lora/."""
     folder, network = out.path / "export", teacher.family["network"]
-    for k, (net, _) in enumerate(experts, 1):
-        pipe = load_pipeline(args, pipelines)                   # anew: the run freed its text encoders
-        if isinstance(net, Lora):                               # through the way a user would load it
-            lora = out.path / "export" / "lora" / ("" if len(experts) == 1 else str(k))
+    pipe = load_pipeline(args, pipelines)                       # anew: the run freed its text encoders, and may have kept bf16
+    call, students = {}, []
+    for k, (net, rows) in enumerate(experts, 1):
+        whole = getattr(net, "units", None)
+        if whole:                                               # a student as the teacher is, of two networks
+            pipe.transformer.load_state_dict(whole[0].state_dict()), pipe.transformer_2.load_state_dict(whole[1].state_dict())
+            continue
+        student = deepcopy(getattr(pipe, network + "_2" * teacher.part(rows)))
+        if isinstance(net, Lora):                               # through the file that a user would load
+            lora = folder / "lora" / (str(k) if len(experts) > 1 else "")
             net.save(pipe, lora, network)
-            pipe.load_lora_weights(lora)
-            pipe.fuse_lora()
-            pipe.unload_lora_weights()
+            student.load_lora_adapter(lora, prefix=network, weight_name="pytorch_lora_weights.safetensors")
+            student.fuse_lora()
+            student.unload_lora()
         else:
-            getattr(pipe, network).load_state_dict(net.state_dict())
-        if k == 1:
-            pipe.scheduler, call = teacher.family["schedulers"](pipe.scheduler, student_schedule is teacher.line, student_schedule.rows(args.steps))
-            pipe.save_pretrained(folder)
-        else:
-            getattr(pipe, network).save_pretrained(folder / f"{network}_{k}")
+            student.load_state_dict(net.state_dict())
+        students.append(student)
+    stop = [float(student_schedule.timestep[rows[-1]]) for _, rows in experts[:-1]]
+    if students:
+        setattr(pipe, network, students[0])
+    if "join" in teacher.family and len(students) == 2:         # the boundary between the timesteps of the first's last step and the second's first
+        pipe.register_modules(transformer_2=students.pop())
+        pipe.register_to_config(boundary_ratio=(stop[0] + float(student_schedule.timestep[experts[0][1][-2]])) / 2 / teacher.schedule.T)
+    pipe.scheduler, call = teacher.family["schedulers"](pipe.scheduler, student_schedule is teacher.line, student_schedule.rows(args.steps))
+    pipe.save_pretrained(folder)
+    for k, student in enumerate(students[1:], 2):
+        student.save_pretrained(folder / f"{network}_{k}")
     lengths = [len(rows) - 1 for _, rows in experts]
     kind, path = type(pipe).__name__, str(args.model or EMBEDDED)
     load = "".join(f", {name}=None" for name in left_out(args, path, kind))
-    facts = dict(network=network, steps=lengths, boundaries=[float(teacher.schedule.timestep[rows[-1]]) for _, rows in experts[:-1]], call=call)
+    facts = dict(network=network, steps=lengths, switch=len(students) > 1, boundaries=stop, call=call)
     call.update({k: v for k, v in dict(height=args.height, width=args.width, num_frames=getattr(args, "frames", None)).items() if v})
     call.update(text_tokens(args), guidance_scale=args.cfg_student or 0)
     if len(experts) > 1:
@@ -575,7 +601,7 @@ def model_card(args, teacher, source, pipeline, network, facts):
         (f"{args.iterations_adp} iterations of ADP, " if args.steps == 1 else "") + f"{args.iterations_adm} of {'DMD' if args.method == 'dmd' else 'ADM'}"
     attribute_of_result, save = teacher.family["result"]
     imports, load, callback = f"from diffusers import {pipeline}", "", ""
-    if len(lengths) > 1:                                        # the pipeline asks after each step which network does the next
+    if facts["switch"]:                                         # the pipeline asks after each step which network does the next
         after = [k for k, n in enumerate(lengths) for _ in range(n)][1:] + [0]
         imports += f", {network}"
         load = f"experts = [pipe.{attribute}] + [{network}.from_pretrained({folder}, subfolder=f\"{attribute}_{{k}}\") for k in range(2, {len(lengths) + 1})]\n" \
@@ -658,9 +684,13 @@ def main(doc, pipelines, embedded):
     teacher = Teacher(args, out, prompts, device, pipelines)
     if args.bf16:
         teacher.net.to(torch.bfloat16), teacher.vae.to(torch.bfloat16)
-    autocast(teacher.net, device, args.bf16), autocast(teacher.vae, device, args.bf16, "decode")
+    for net in teacher.units:
+        autocast(net, device, args.bf16)
+    autocast(teacher.vae, device, args.bf16, "decode")
     if args.grad_checkpointing:
-        checkpointing(teacher.net), checkpointing(teacher.vae)
+        checkpointing(teacher.net)
+        if teacher.family["last"]:                              # ADP looks through it
+            checkpointing(teacher.vae)
     look = pictures(args, out, teacher)
 
     adp_follows = args.method != "phased_dmd" and args.steps == 1 and args.stage == "all" and teacher.family["last"]

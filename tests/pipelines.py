@@ -7,7 +7,7 @@ def clip_tokenizer():
     from transformers import CLIPTokenizer
     alphabet = sorted(ByteLevel.alphabet())
     words = alphabet + [a + "</w>" for a in alphabet] + ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[], model_max_length=77)
+    return CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[], model_max_length=32)
 
 
 def clip_text(tokenizer, width, projected):
@@ -56,7 +56,7 @@ def cogvideox(kind="2b"):
     special = {"2b": dict(num_layers=30), "5b": dict(num_layers=42, use_rotary_positional_embeddings=True),
                "1.5": dict(num_layers=42, use_rotary_positional_embeddings=True, patch_size_t=2, patch_bias=False)}[kind]
     transformer = CogVideoXTransformer3DModel(
-        num_attention_heads=1, attention_head_dim=16, in_channels=4, out_channels=4, text_embed_dim=16, time_embed_dim=8, max_text_seq_length=226,
+        num_attention_heads=1, attention_head_dim=16, in_channels=4, out_channels=4, text_embed_dim=16, time_embed_dim=8, max_text_seq_length=16,
         sample_width=4, sample_height=4, sample_frames=9, **special)
     vae = AutoencoderKLCogVideoX(block_out_channels=(8, 8, 8, 8), norm_num_groups=2, layers_per_block=1, latent_channels=4, sample_height=32,
                                  sample_width=32, down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4)
@@ -64,3 +64,18 @@ def cogvideox(kind="2b"):
                                        snr_shift_scale=3.0 if kind == "2b" else 1.0, rescale_betas_zero_snr=True, timestep_spacing="trailing",
                                        set_alpha_to_one=True, clip_sample=False)
     return CogVideoXPipeline(tokenizer=tok, text_encoder=text, vae=vae.eval(), transformer=transformer.eval(), scheduler=scheduler)
+
+
+def wan(kind="2.1"):
+    """kind: '2.1' or '2.2' (two transformers and a boundary). 32x32 pixels, 9 frames must be asked for."""
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+    from transformers import UMT5Config, UMT5EncoderModel
+    torch.manual_seed(0)
+    tok, _ = t5(16, 512)
+    text = UMT5EncoderModel(UMT5Config(vocab_size=len(tok), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)).eval()
+    transformer = lambda: WanTransformer3DModel(num_attention_heads=1, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=16,
+                                                ffn_dim=16, num_layers=6, rope_max_seq_len=32).eval()
+    vae = AutoencoderKLWan(base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.1, 0.9, 1.3, 1.0])
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
+    two = dict(transformer_2=transformer(), boundary_ratio=0.875) if kind == "2.2" else dict(transformer_2=None)
+    return WanPipeline(tokenizer=tok, text_encoder=text, vae=vae.eval(), scheduler=scheduler, transformer=transformer(), **two)

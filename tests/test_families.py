@@ -1,13 +1,16 @@
 """Every family of the papers from the command line, on a small random pipeline of the true structure: train, stop, resume, export, and
 the stock pipeline draws what the trainer drew."""
+import json
 import re
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
+from torch.testing import assert_close
 
 import pipelines
 from cli import ROOT, Run, failed, succeeded
@@ -35,6 +38,8 @@ FAMILIES = {
     "cogvideox-2b": ("train_cogvideox.py", lambda: pipelines.cogvideox("2b"), 10),
     "cogvideox-5b": ("train_cogvideox.py", lambda: pipelines.cogvideox("5b"), 14),
     "cogvideox-1.5": ("train_cogvideox.py", lambda: pipelines.cogvideox("1.5"), 14),
+    "wan-2.1": ("train_wan.py", lambda: pipelines.wan("2.1"), 2),
+    "wan-2.2": ("train_wan.py", lambda: pipelines.wan("2.2"), 2),
 }
 
 
@@ -55,7 +60,9 @@ def family(tmp_path_factory):
 
 def start(family, name, out, *flags):
     script, folder, prompts = family(name)
-    return Run(ROOT / script, "--model", folder, "--prompts", prompts, "--out", out, *QUICK, *flags)
+    size = "--height 32 --width 32 --frames 9".split() if name.startswith("wan") else []
+    size += [] if name == "sd3-medium without T5" else ["--text-tokens", "16"]    # the pipelines' own 226 to 512 take most of the time
+    return Run(ROOT / script, "--model", folder, "--prompts", prompts, "--out", out, *QUICK, *size, *flags)
 
 
 def stock_difference(out):
@@ -83,8 +90,9 @@ PHASED = [n for n in FAMILIES if n not in ("sd3-medium without T5", "sd3.5-large
 VARIANTS = {
     "sd3 in one step by ADP": ("sd3-medium", "--steps", "1", "--lora-rank", "0", "--pixel-backbone", "vision"),
     "sd3.5 without T5 by LoRA": ("sd3.5-medium", "--no-t5", "--lora-rank", "2", "--lora-rank-fake", "2", "--grad-checkpointing", "--steps", "3"),
-    "sd3, other sizes": ("sd3-medium", "--text-tokens", "5", "--height", "64", "--method", "dmd", "--steps", "2"),
+    "sd3, other sizes": ("sd3-medium", "--text-tokens", "7", "--height", "64", "--method", "dmd", "--steps", "2"),
     "the student under guidance": ("cogvideox-2b", "--cfg-student", "3", "--steps", "2"),
+    "both of wan's networks, recomputed": ("wan-2.2", "--steps", "4", "--ema", "0.9", "--grad-checkpointing"),
     "cogvideox by LoRA, other sizes": ("cogvideox-5b", "--lora-rank", "2", "--lora-rank-fake", "2", "--grad-checkpointing", "--steps", "2",
                                        "--frames", "5", "--width", "64")}
 
@@ -128,7 +136,11 @@ def test_adm(runs, name):
 
 @pytest.mark.parametrize("name", PHASED)
 def test_phased_dmd(runs, name):
-    assert stock_difference(runs["phased", name].result()) < 1e-4
+    out = runs["phased", name].result()
+    assert stock_difference(out) < 1e-4
+    if name.startswith("wan"):                                  # both experts in the pipeline itself, as Wan2.2 has them
+        index = json.loads((out / "export" / "model_index.json").read_text())
+        assert index["transformer_2"][1] == "WanTransformer3DModel" and 0.833 < index["boundary_ratio"] < 0.9376
 
 
 @pytest.mark.parametrize("label", VARIANTS)
@@ -149,6 +161,24 @@ def test_lora_files_load_in_the_stock_pipeline(family, tmp_path):
     assert len(changed) > 24 * 4
     for k, v in teacher.transformer.state_dict().items():
         assert (v - expected[k]).abs().max() < 1e-6, k
+
+
+def test_two_networks_as_one():
+    """ByNoise against each of its networks on its own samples, forward and backward, in float64."""
+    from train_wan import ByNoise
+    torch.manual_seed(0)
+    pipe = pipelines.wan("2.2")
+    high, low = pipe.transformer.double(), pipe.transformer_2.double()
+    both, told = ByNoise(high, low, 875.0), torch.tensor([999.0, 875.0, 874.0, 3.0])
+    x = torch.randn(4, 4, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    text = torch.randn(4, 7, 16, dtype=torch.float64)
+    out, = both(x, timestep=told, encoder_hidden_states=text)
+    alone = torch.cat([net(x[part], timestep=told[part], encoder_hidden_states=text[part], return_dict=False)[0]
+                       for net, part in ((high, slice(0, 2)), (low, slice(2, 4)))])
+    assert_close(out, alone, rtol=0, atol=1e-12)
+    assert_close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (out, alone)), rtol=0, atol=1e-10)
+    wrong, = low(x, timestep=told, encoder_hidden_states=text, return_dict=False)
+    assert (out - wrong)[:2].abs().max() > 1e-6
 
 
 def test_the_papers_values_are_each_models_defaults(family):
@@ -172,6 +202,8 @@ def test_the_papers_values_are_each_models_defaults(family):
 
 
 def test_bad_usage(family, tmp_path):
+    failed(start(family, "wan-2.1", tmp_path / "out", "--method", "phased_dmd", "--phases", "4").wait(), 2, "--phases 4", "two experts")
+    failed(start(family, "wan-2.2", tmp_path / "wan", "--lora-rank", "2", "--steps", "2").wait(), 1, "--lora-rank 2", "two networks")
     failed(start(family, "cogvideox-2b", tmp_path / "out", "--steps", "3", "--frames", "8", "--stage", "adp").wait(), 2, "--steps 3", "--frames 8", "--stage adp")
     failed(start(family, "sd3-medium", tmp_path / "out", "--height", "65").wait(), 2, "--height 65", "32")
     failed(Run(ROOT / "train_cogvideox.py", "--out", tmp_path / "out").wait(), 2, "--model")

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from cli import ROOT, Run, failed, succeeded
 
 QUICK = ("--pairs 12 --pair-steps 2 --iterations 4 --batch-size 2 --save-every 2 --sample-every 100 --head-channels 16 "
          "--lr-generator-adp 1e-3 --lr-generator 1e-3 --lr-fake 1e-3 --lr-discriminator 1e-3").split()
-PHASED = "--method phased_dmd --accumulate 1 --ttur 2 --lora-rank 0".split()
+PHASED = "--method phased_dmd --accumulate 1 --ttur 2 --lora-rank 0 --decay".split()
 # the model card's own lines, given the trainer's noise, against the trainer's images
 CARD = """
 import sys, torch
@@ -74,11 +75,43 @@ def same(a, b, **tolerance):
         assert_close(a[k], b[k], msg=lambda m: f"{k}: {m}", **tolerance)
 
 
+VARIANTS = {
+    "finished": ["--ema", "0.9"],
+    "phased": [*PHASED, "--ema", "0.9"],
+    "checkpointing": ["--ema", "0.9", "--grad-checkpointing"],
+    "two ranks": ["--ema", "0.9", "--batch-size", "1"],
+    "dmd": ["--method", "dmd", "--grad-checkpointing"],
+    "lora": ["--lora-rank", "4", "--lora-rank-fake", "4", "--lora-alpha", "2", "--accumulate", "2", "--grad-checkpointing"],
+    "four steps without ADP": ["--stage", "adm", "--steps", "4", "--ttur", "2", "--lora-rank", "4"],
+    "three phases, lora": [*PHASED, "--steps", "3", "--phases", "3", "--lora-rank", "4", "--lora-alpha", "1", "--lora-rank-fake", "2", "--weighting", "paper"],
+    "bf16": ["--bf16", "--clip", "0"],
+    "bf16, lora": ["--bf16", "--lora-rank", "4"]}
+
+
 @pytest.fixture(scope="session")
-def finished(small, tmp_path_factory):
-    out = tmp_path_factory.mktemp("run") / "out"
-    succeeded(train(small, out, "--ema", "0.9"))
-    return out
+def runs(small, tmp_path_factory):
+    """name -> a future of the run's folder: two at a time in the background, in the order the tests ask."""
+    root = tmp_path_factory.mktemp("runs")
+
+    def whole(name, flags):
+        succeeded(train(small, root / name, *flags, ranks=2 if name == "two ranks" else 0))
+        return root / name
+
+    with ThreadPoolExecutor(2) as pool:
+        jobs = {name: pool.submit(whole, name, flags) for name, flags in VARIANTS.items()}
+        yield jobs
+        for job in jobs.values():                               # of tests that were not asked for
+            job.cancel()
+
+
+@pytest.fixture(scope="session")
+def finished(runs):
+    return runs["finished"].result()
+
+
+@pytest.fixture(scope="session")
+def phased(runs):
+    return runs["phased"].result()
 
 
 def test_run_leaves_what_the_readme_promises(finished):
@@ -120,13 +153,6 @@ def test_stopped_and_resumed_is_bit_equal(small, finished, tmp_path):
     same(weights(tmp_path / "out"), weights(finished), rtol=0, atol=0)
 
 
-@pytest.fixture(scope="session")
-def phased(small, tmp_path_factory):
-    out = tmp_path_factory.mktemp("phased") / "out"
-    succeeded(train(small, out, *PHASED, "--ema", "0.9"))
-    return out
-
-
 def test_phased_dmd_stopped_and_resumed_is_bit_equal(small, phased, tmp_path):
     for checkpoint in ("phase1-00000004", "phase2-00000004"):
         stop_when(small, tmp_path / "out", checkpoint, *PHASED, "--ema", "0.9")
@@ -138,7 +164,7 @@ def test_phased_dmd_stopped_and_resumed_is_bit_equal(small, phased, tmp_path):
 def test_phased_dmd_export(phased):
     """Both experts, switched at their boundary by the pipeline's own callback."""
     facts = json.loads((phased / "export" / "experts.json").read_text())
-    assert facts == dict(network="unet", steps=[2, 2], boundaries=[499.0], call=dict(num_inference_steps=4, guidance_scale=0))
+    assert facts == dict(network="unet", steps=[2, 2], switch=True, boundaries=[499.0], call=dict(num_inference_steps=4, guidance_scale=0))
     first, second = (load_file(phased / "export" / name / "diffusion_pytorch_model.safetensors") for name in ("unet", "unet_2"))
     assert any((first[k] != second[k]).any() for k in first)
     assert stock_difference(phased) < 1e-4
@@ -163,28 +189,19 @@ def test_killed_pair_collection_goes_on_to_the_same_bytes(small, tmp_path):
     failed(train(small, a, "--stage", "adp", "--pairs", "600", "--pair-steps", "3", "--resume", "auto"), 1, "steps is 2", "run's is 3")
 
 
-@pytest.mark.parametrize("flags", [
-    ["--method", "dmd", "--grad-checkpointing"],
-    ["--lora-rank", "4", "--lora-rank-fake", "4", "--lora-alpha", "2", "--accumulate", "2", "--grad-checkpointing"],
-    ["--stage", "adm", "--steps", "4", "--ttur", "2", "--lora-rank", "4"],
-    [*PHASED, "--steps", "3", "--phases", "3", "--lora-rank", "4", "--lora-alpha", "1", "--lora-rank-fake", "2", "--weighting", "paper"],
-    ["--bf16", "--clip", "0"],
-    ["--bf16", "--lora-rank", "4"]], ids=["dmd", "lora", "four steps without ADP", "three phases, lora", "bf16", "bf16, lora"])
-def test_variants_train_and_export(small, tmp_path, flags):
-    succeeded(train(small, tmp_path / "out", *flags))
-    assert stock_difference(tmp_path / "out") < (0.1 if "--bf16" in flags else 1e-4)   # bf16 trainer, float32 export
+@pytest.mark.parametrize("name", list(VARIANTS)[4:])
+def test_variants_train_and_export(runs, name):
+    assert stock_difference(runs[name].result()) < (0.1 if "bf16" in name else 1e-4)   # bf16 trainer, float32 export
 
 
-def test_checkpointing_changes_nothing(small, finished, tmp_path):
-    succeeded(train(small, tmp_path / "out", "--ema", "0.9", "--grad-checkpointing"))
-    same(weights(tmp_path / "out"), weights(finished), rtol=1e-4, atol=1e-5)
+def test_checkpointing_changes_nothing(runs, finished):
+    same(weights(runs["checkpointing"].result()), weights(finished), rtol=1e-4, atol=1e-5)
 
 
-def test_two_ranks_train_as_one(small, finished, tmp_path):
+def test_two_ranks_train_as_one(runs, finished):
     """Half the batch on each of two ranks: the same global batch, the same weights."""
-    succeeded(train(small, tmp_path / "out", "--ema", "0.9", "--batch-size", "1", ranks=2))
-    same({k: v for k, v in weights(tmp_path / "out", "adp").items() if k.startswith("generator")},
-         {k: v for k, v in weights(finished, "adp").items() if k.startswith("generator")}, rtol=1e-3, atol=2e-4)
+    generator = lambda out: {k: v for k, v in weights(out, "adp").items() if k.startswith("generator")}
+    same(generator(runs["two ranks"].result()), generator(finished), rtol=1e-3, atol=2e-4)
 
 
 def test_torchrun_from_the_readme(small, tmp_path):
