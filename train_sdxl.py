@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import math
+import shutil
 import sys
 import time
 from copy import deepcopy
@@ -99,7 +100,7 @@ PIPELINES = {
 PHASED = dict(steps=4, ttur=5, lr_generator=5e-5, lora_rank=64, lora_alpha=8.0, lr_fake=4e-7, accumulate=16)
 
 # What the embedded teacher wants instead of the paper's values: three orders of magnitude fewer weights and iterations.
-SHAPES = dict(pairs=2048, pair_steps=20, pair_guidance=3.0, iterations_adp=1500, iterations_adm=150, batch_size=32, decay=True,
+SHAPES = dict(pairs=2048, pair_steps=20, pair_guidance=3.0, iterations_adp=1250, iterations_adm=100, batch_size=32, decay=True,
               lr_generator_adp=3e-4, lr_generator=1e-5, lr_fake=1e-3, lr_discriminator=1e-3, guidance=[2.0, 4.0], ema=0.98, head_channels=64,
               pixel_backbone=str(EMBEDDED / "vision_encoder"), sample_every=250, save_every=250)
 SHAPES_PHASED = dict(SHAPES, iterations_phase=150, lr_generator=1e-4, lora_rank=0, accumulate=1)
@@ -556,22 +557,22 @@ def export(args, out, teacher, experts, student_schedule, pipelines):
     Further experts lie beside the first (unet_2, ...) as Wan2.2's do; experts.json has their boundaries. LoRAs also go to lora/."""
     folder, network = out.path / "export", teacher.family["network"]
     pipe = load_pipeline(args, pipelines)                       # anew: the run freed its text encoders, and may have kept bf16
-    call, students = {}, []
+    students = []
     for k, (net, rows) in enumerate(experts, 1):
         whole = getattr(net, "units", None)
         if whole:                                               # a student as the teacher is, of two networks
             pipe.transformer.load_state_dict(whole[0].state_dict()), pipe.transformer_2.load_state_dict(whole[1].state_dict())
             continue
-        student = deepcopy(getattr(pipe, network + "_2" * teacher.part(rows)))
+        module = deepcopy(getattr(pipe, network + "_2" * teacher.part(rows)))
         if isinstance(net, Lora):                               # through the file that a user would load
             lora = folder / "lora" / (str(k) if len(experts) > 1 else "")
             net.save(pipe, lora, network)
-            student.load_lora_adapter(lora, prefix=network, weight_name="pytorch_lora_weights.safetensors")
-            student.fuse_lora()
-            student.unload_lora()
+            module.load_lora_adapter(lora, prefix=network, weight_name="pytorch_lora_weights.safetensors")
+            module.fuse_lora()
+            module.unload_lora()
         else:
-            student.load_state_dict(net.state_dict())
-        students.append(student)
+            module.load_state_dict(net.state_dict())
+        students.append(module)
     stop = [float(student_schedule.timestep[rows[-1]]) for _, rows in experts[:-1]]
     if students:
         setattr(pipe, network, students[0])
@@ -580,8 +581,8 @@ def export(args, out, teacher, experts, student_schedule, pipelines):
         pipe.register_to_config(boundary_ratio=(stop[0] + float(student_schedule.timestep[experts[0][1][-2]])) / 2 / teacher.schedule.T)
     pipe.scheduler, call = teacher.family["schedulers"](pipe.scheduler, student_schedule is teacher.line, student_schedule.rows(args.steps))
     pipe.save_pretrained(folder)
-    for k, student in enumerate(students[1:], 2):
-        student.save_pretrained(folder / f"{network}_{k}")
+    for k, module in enumerate(students[1:], 2):
+        module.save_pretrained(folder / f"{network}_{k}")
     lengths = [len(rows) - 1 for _, rows in experts]
     kind, path = type(pipe).__name__, str(args.model or EMBEDDED)
     load = "".join(f", {name}=None" for name in left_out(args, path, kind))
@@ -703,6 +704,7 @@ def main(doc, pipelines, embedded):
     if done and world()[0] == 0:
         curves(out)
         samples = look("samples.png", *done)
+        shutil.rmtree(out.path / "samples", ignore_errors=True)   # of a run that was killed on these last lines
         write_folder(out.path / "samples", {"samples.safetensors": samples}, teacher.facts)
         table = examine(args, out, teacher, *done) if args.model is None else {}
         export(args, out, teacher, *done, pipelines)
