@@ -87,6 +87,11 @@ def to_grid(tokens, *grid):
     return tokens.transpose(1, 2).unflatten(2, grid)
 
 
+def whole(net, tokens):
+    """All tokens, where ranks share them (train_cogvideox.py); the last block gives all of them anyway."""
+    return net.whole(tokens) if hasattr(net, "whole") else tokens
+
+
 # class of the backbone -> (the modules to tap, what turns a module's output into a map; `x` is the backbone's input)
 FAMILIES = {
     "UNet2DConditionModel": (                                   # the last ResNet of each block: 3 down, mid, 3 up for SDXL
@@ -97,7 +102,7 @@ FAMILIES = {
         lambda net, x, out: to_grid(out[1], *(n // net.config.patch_size for n in x.shape[2:]))),
     "CogVideoXTransformer3DModel": (                            # every third block, which returns (video, text); x is [B,T,C,H,W]
         lambda net: net.transformer_blocks[2::3],
-        lambda net, x, out: to_grid(out[0], x.shape[1] // (net.config.patch_size_t or 1), *(n // net.config.patch_size for n in x.shape[3:]))),
+        lambda net, x, out: to_grid(whole(net, out[0]), x.shape[1] // (net.config.patch_size_t or 1), *(n // net.config.patch_size for n in x.shape[3:]))),
     "WanTransformer3DModel": (                                  # every third block (choice); x is [B,C,T,H,W], patches are 1x2x2
         lambda net: net.blocks[2::3],
         lambda net, x, out: to_grid(out, *(n // p for n, p in zip(x.shape[2:], net.config.patch_size)))),

@@ -127,6 +127,7 @@ def parse(doc, pipelines, embedded):
     g.add_argument("--width", type=int)
     if not embedded:
         g.add_argument("--frames", type=int, help="of a video (default: what the model was made for)")
+        g.add_argument("--context-parallel", type=int, default=1, help="ranks that share each sample's tokens (CogVideoX; paper: yes, B.4)")
     g = p.add_argument_group("ODE pairs")
     g.add_argument("--pairs", type=int, default=16384, help="how many to collect (paper: silent)")
     g.add_argument("--pair-steps", type=int, default=25, help="teacher's steps, second-order multistep (paper: teacher of 25 steps, Tab. 1)")
@@ -225,6 +226,11 @@ def problems(args, unknown, embedded):
 
 
 # -------------------------------------------------------------------------------------------------------------- teacher
+
+def context(args):
+    """How many ranks share a sample."""
+    return getattr(args, "context_parallel", 1)
+
 
 def text_tokens(args):
     return dict(max_sequence_length=args.text_tokens) if args.text_tokens else {}
@@ -417,7 +423,7 @@ def load_pairs(args, out, teacher):
 
 def micro_batches(args, teacher, stage, iteration):
     """This rank's micro-batches (draws, cond, uncond) of an iteration: the places of its samples in the global batch make its random numbers."""
-    rank, ranks = world()
+    rank, ranks = (n // context(args) for n in world())         # ranks that share their samples draw the same
     for m in range(args.accumulate):
         first = (m * ranks + rank) * args.batch_size
         draws = Draws((args.seed, stage), iteration, range(first, first + args.batch_size), teacher.shape, teacher.device)
@@ -656,14 +662,15 @@ def pictures(args, out, teacher):
     rows = {}
 
     def look(file, experts, schedule):
-        if world()[0]:
+        if world()[0] and context(args) == 1:                   # ranks that share samples are all needed to draw one
             return
         draw = lambda sampler: teacher.images(teacher.draw(sampler, x_T, index, args.batch_size))
         if not rows:
             rows[f"teacher, {args.pair_steps} steps"] = draw(teacher.sampler(teacher.schedule.rows(args.pair_steps), args.pair_guidance, 2))
             rows[f"teacher, {args.steps} step"] = draw(teacher.sampler(teacher.schedule.rows(args.steps), args.pair_guidance))
         rows[f"student, {args.steps} step"] = images = draw(student(args, experts, schedule))
-        (grid if images.dim() == 4 else contact_sheet)(out.path / file, rows, [teacher.prompts[i] for i in index])
+        if world()[0] == 0:
+            (grid if images.dim() == 4 else contact_sheet)(out.path / file, rows, [teacher.prompts[i] for i in index])
         return dict(x_T=x_T, prompt=index, images=images)
     return look
 
@@ -672,6 +679,8 @@ def main(doc, pipelines, embedded):
     args = parse(doc, pipelines, embedded)
     began, prompts = time.time(), read_prompts(args.prompts) if args.prompts else shapes.CAPTIONS
     device = start()
+    if world()[1] % context(args):
+        raise Failure(f"--context-parallel {context(args)}: {world()[1]} ranks do not divide into groups of that; start with another --nproc-per-node")
     out, stop = Output(args.out, args.resume), StopSignal()
     stages = [f"phase{k}" for k in range(args.phases, 0, -1)] if args.method == "phased_dmd" else ["adm", "adp"]
     checkpoint = None
@@ -683,6 +692,8 @@ def main(doc, pipelines, embedded):
     reached = checkpoint.name.split("-")[0] if checkpoint else None
 
     teacher = Teacher(args, out, prompts, device, pipelines)
+    if context(args) > 1:
+        teacher.family["parallel"](teacher.net, context(args))
     if args.bf16:
         teacher.net.to(torch.bfloat16), teacher.vae.to(torch.bfloat16)
     for net in teacher.units:
@@ -701,9 +712,9 @@ def main(doc, pipelines, embedded):
     if args.stage == "pairs":
         return print("pairs is done; go on with --stage adp --resume auto")
     done = (run_phases if args.method == "phased_dmd" else run_dmdx)(args, out, teacher, checkpoint, reached, look, stop)
+    samples = look("samples.png", *done) if done else None
     if done and world()[0] == 0:
         curves(out)
-        samples = look("samples.png", *done)
         shutil.rmtree(out.path / "samples", ignore_errors=True)   # of a run that was killed on these last lines
         write_folder(out.path / "samples", {"samples.safetensors": samples}, teacher.facts)
         table = examine(args, out, teacher, *done) if args.model is None else {}

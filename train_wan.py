@@ -69,7 +69,7 @@ def schedulers_wan(scheduler, line, rows):
 
 
 def problems(args):
-    return video_problems(args) + [f"--phases {args.phases}: a Wan pipeline holds two experts"] * (args.method == "phased_dmd" and args.phases != 2)
+    return video_problems(args) + ["--context-parallel: CogVideoX only; leave the flag out"] * (args.context_parallel != 1) + [f"--phases {args.phases}: a Wan pipeline holds two experts"] * (args.method == "phased_dmd" and args.phases != 2)
 
 
 PIPELINES = {

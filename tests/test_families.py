@@ -210,3 +210,67 @@ def test_bad_usage(family, tmp_path):
     failed(Run(ROOT / "train_cogvideox.py", "--out", tmp_path / "out", "--model", family("sd3-medium")[1], "--prompts", family("sd3-medium")[2]).wait(), 1,
            "StableDiffusion3Pipeline", "CogVideoXPipeline")
     assert not (tmp_path / "out").exists()
+
+
+SHARED = """
+import sys, torch
+import torch.distributed as dist
+import pipelines, train_cogvideox
+from discriminators import Taps, heads_for
+from plumbing import Lora, checkpointing, start
+kind, ranks, recompute, file = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "recompute", sys.argv[4]
+net = pipelines.cogvideox(kind).transformer.double().requires_grad_(False)
+pipe, (frames, side) = pipelines.cogvideox(kind), (4, 4) if kind == "1.5" else (3, 6)
+cond = dict(encoder_hidden_states=torch.randn(2, 16 if kind == "2b" else 15, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)),
+            **train_cogvideox.rotary(pipe, (frames, 4, side, side), 8 * side, 8 * side))
+x = torch.randn(2, frames, 4, side, side, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
+t = torch.tensor([999.0, 300.0])
+if ranks > 1:
+    start()
+    train_cogvideox.context_parallel(net, ranks)
+torch.manual_seed(3)
+heads = heads_for(net, x.detach()[:1], 8, timestep=t[:1], **dict(cond, encoder_hidden_states=cond["encoder_hidden_states"][:1])).double()
+from plumbing import full_copy
+taps, student = Taps(net), full_copy(net).requires_grad_(True)
+if recompute:
+    checkpointing(net), checkpointing(student)
+y, = student(x, timestep=t, **cond, return_dict=False)
+loss = y.square().mean() + heads(taps(y, timestep=t, **cond)).sum()
+loss.backward()
+grads = {"loss": loss.detach(), "x": x.grad}
+for prefix, module in (("student.", student), ("heads.", heads)):
+    for name, p in module.named_parameters():
+        if p.grad is not None:
+            g = p.grad.clone()
+            if ranks > 1:
+                dist.all_reduce(g)
+            grads[prefix + name] = g / ranks
+if ranks == 1 or dist.get_rank() == 0:
+    torch.save(grads, file)
+if ranks > 1:
+    dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("kind, ranks, recompute", [("2b", 3, "keep"), ("5b", 2, "recompute"), ("1.5", 3, "keep")])
+def test_ranks_that_share_a_sample_are_one(tmp_path, kind, ranks, recompute):
+    """Loss, gradient of the input and of every weight, in float64, where text (16, 15, 15 tokens), video (27, 27, 8) or heads (one) do not divide."""
+    for n in (1, ranks):
+        succeeded(Run("-c", SHARED, kind, n, recompute, tmp_path / f"{n}.pt", ranks=n if n > 1 else 0).wait())
+    alone, together = torch.load(tmp_path / "1.pt"), torch.load(tmp_path / f"{ranks}.pt")
+    assert alone.keys() == together.keys() and len(alone) > 100
+    for k in alone:
+        assert_close(together[k], alone[k], rtol=1e-6, atol=1e-8, msg=lambda m: f"{k}: {m}")
+    assert alone["x"].abs().max() > 1e-4
+
+
+def test_context_parallel_from_the_command_line(family, tmp_path):
+    script, folder, prompts = family("cogvideox-5b")
+    flags = ["--steps", "2", "--text-tokens", "16", "--lora-rank", "2", "--grad-checkpointing"]
+    done = Run(ROOT / script, "--model", folder, "--prompts", prompts, "--out", tmp_path / "two", *QUICK, *flags, "--context-parallel", "2", ranks=2).wait()
+    succeeded(done)
+    succeeded(start(family, "cogvideox-5b", tmp_path / "one", *flags).wait())
+    one, two = (load_file(tmp_path / n / "checkpoints" / "adm-00000003" / "fake_score.safetensors") for n in ("one", "two"))
+    for k in one:
+        assert_close(two[k], one[k], rtol=1e-3, atol=2e-4, msg=lambda m: f"{k}: {m}")
+    assert stock_difference(tmp_path / "two") < 1e-4
