@@ -306,7 +306,7 @@ def demo(data, seed, iterations=1500, batch=256, progress=print):
         samples[name] = sample(net, line, test, rows, {}, order=2)                # one step is first order
         progress(name, samples[name])
 
-    teacher = closed_form_teacher(data, teacher_schedule, 3 * third, lambda i: draws(0, i))
+    teacher = closed_form_teacher(data, teacher_schedule, 5 * third, lambda i: draws(0, i))
     keep("teacher", teacher, line.rows(20))
 
     x_T = torch.randn(20_000, 2)
@@ -343,7 +343,7 @@ def main():
     parser.add_argument("--data", choices=["ring", "grid"], default="ring", help="eight Gaussians on a circle, or twenty-five on a grid")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="out/adm", help="folder for the picture and result.json")
-    parser.add_argument("--iterations", type=int, default=1500, help="generator steps of ADP; A1, ADM and DMD get a third as many, the teacher as many")
+    parser.add_argument("--iterations", type=int, default=1500, help="generator steps of ADP; A1, ADM and DMD get a third as many, the teacher five thirds")
     parser.add_argument("--batch-size", type=int, default=256, help="samples a step; more take longer than the ninety seconds")
     args = parser.parse_args()
     if args.batch_size < 1:
