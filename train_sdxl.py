@@ -597,12 +597,12 @@ def export(args, out, teacher, experts, student_schedule, pipelines):
     call.update(text_tokens(args), guidance_scale=args.cfg_student or 0)
     if len(experts) > 1:
         (folder / "experts.json").write_text(json.dumps(facts, indent=1))
-    (folder / "README.md").write_text(model_card(args, teacher, f"{str(folder)!r}{load}", kind, type(getattr(pipe, network)).__name__, facts))
+    (folder / "README.md").write_text(model_card(args, teacher, repr(str(folder)), load, kind, type(getattr(pipe, network)).__name__, facts))
 
 
-def model_card(args, teacher, source, pipeline, network, facts):
+def model_card(args, teacher, folder, without, pipeline, network, facts):
     """What the student is, and the lines that sample it."""
-    attribute, lengths, folder = facts["network"], facts["steps"], source.split(",")[0]
+    attribute, lengths = facts["network"], facts["steps"]
     call = ", ".join(f"{k}={v!r}" for k, v in facts["call"].items())
     how = f"{args.iterations_phase} iterations a phase of Phased DMD" if args.method == "phased_dmd" else \
         (f"{args.iterations_adp} iterations of ADP, " if args.steps == 1 else "") + f"{args.iterations_adm} of {'DMD' if args.method == 'dmd' else 'ADM'}"
@@ -623,7 +623,7 @@ is distilled in (weights {args.guidance[0]:g} to {args.guidance[1]:g}){"" if arg
 
 ```python
 {imports}
-pipe = {pipeline}.from_pretrained({source})
+pipe = {pipeline}.from_pretrained({folder}{without})
 {load}sample = pipe({teacher.prompts[0]!r}, {call}{callback}).{attribute_of_result}[0]
 {save}
 ```

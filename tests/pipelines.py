@@ -75,7 +75,7 @@ def wan(kind="2.1"):
     text = UMT5EncoderModel(UMT5Config(vocab_size=len(tok), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)).eval()
     transformer = lambda: WanTransformer3DModel(num_attention_heads=1, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=16,
                                                 ffn_dim=16, num_layers=6, rope_max_seq_len=32).eval()
-    vae = AutoencoderKLWan(base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.1, 0.9, 1.3, 1.0])
+    vae = AutoencoderKLWan(base_dim=16, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.1, 0.9, 1.3, 1.0])
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
     two = dict(transformer_2=transformer(), boundary_ratio=0.875) if kind == "2.2" else dict(transformer_2=None)
     return WanPipeline(tokenizer=tok, text_encoder=text, vae=vae.eval(), scheduler=scheduler, transformer=transformer(), **two)
