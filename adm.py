@@ -344,7 +344,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="out/adm", help="folder for the picture and result.json")
     parser.add_argument("--iterations", type=int, default=1500, help="generator steps of ADP; A1, ADM and DMD get a third as many, the teacher five thirds")
-    parser.add_argument("--batch-size", type=int, default=256, help="samples a step; more take longer than the ninety seconds")
+    parser.add_argument("--batch-size", type=int, default=256, help="samples a step")
     args = parser.parse_args()
     if args.batch_size < 1:
         parser.error(f"--batch-size {args.batch_size}: must be above 0")

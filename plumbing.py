@@ -166,20 +166,23 @@ def checkpointing(net):
         unit.enable_gradient_checkpointing(recompute)
 
 
+def switch(base, name):
+    """One adapter of `base` works from here on, or none (None). Not peft's set_adapter: that also turns requires_grad of all
+    others off, and a backward pass then skips them, silently."""
+    base.__dict__["adapter"] = name
+    for layer in base.__dict__.get("adapted", ()):
+        layer._disable_adapters, layer._active_adapter = name is None, [name]
+
+
 @contextmanager
 def active(base, name):
-    """One adapter of `base` (none of them: name None) works inside. Not peft's set_adapter: that also turns requires_grad of all
-    others off, and a backward pass then skips them, silently."""
-    def switch(name):
-        base.__dict__["adapter"] = name
-        for layer in base.__dict__.get("adapted", ()):
-            layer._disable_adapters, layer._active_adapter = name is None, [name]
+    """The same, inside only."""
     before = base.__dict__.get("adapter")
-    switch(name)
+    switch(base, name)
     try:
         yield
     finally:
-        switch(before)
+        switch(base, before)
 
 
 class Lora(nn.Module):
@@ -197,14 +200,12 @@ class Lora(nn.Module):
         trained = [p for p in base.parameters() if p.requires_grad]               # other adapters, which add_adapter would freeze
         base.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets), name)
         base.__dict__["adapted"] = [m for m in base.modules() if isinstance(m, BaseTunerLayer)]
-        self.__dict__.update(base=base, name=name, how=(rank, alpha, targets))    # past nn.Module: the base is not a part of this
+        self.__dict__.update(base=base, name=name, how=(rank, alpha, targets), config=base.config)   # past nn.Module: the base is not a part of this
         for p in self.parameters():
             p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))       # also on a bf16 base
         for p in (*trained, *self.parameters()):
             p.requires_grad_(True)
-        with active(base, None):
-            pass
-        self.__dict__["config"] = base.config
+        switch(base, None)
 
     def named_parameters(self, *args, **kwargs):
         return ((k.replace(f".{self.name}.", "."), p) for k, p in self.base.named_parameters() if ".lora_" in k and f".{self.name}." in k)

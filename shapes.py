@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from adm import score_loss
 from discriminators import Taps
 from ode import Schedule
 
@@ -164,35 +165,50 @@ def train_vae(vae, images, iterations, lr=2e-3, batch=32):
         vae.register_to_config(scaling_factor=1 / vae.encode(images[::61]).latent_dist.mode().std().item())
 
 
-def train_teacher(pipe, index, latents, iterations, lr=1e-3, batch=64, ema=0.999):
-    """Ordinary epsilon pre-training (Eq. 2) of the UNet and, because it is cheap here, of both text encoders."""
-    schedule = Schedule.from_diffusers(pipe.scheduler)
-    nets = torch.nn.ModuleList([pipe.unet, pipe.text_encoder, pipe.text_encoder_2]).train()
+def pretrain(name, nets, loss_of, accuracy_of, iterations, lr=1e-3, ema=0.999):
+    """Ordinary pre-training of `nets`, a ModuleList: warm-up, cosine, clipping -> its moving average. loss_of() draws a batch; accuracy_of(nets)
+    marks what they draw by now."""
     average = deepcopy(nets).eval()
-    opt = torch.optim.AdamW(nets.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.0)
+    opt = torch.optim.AdamW(nets.train().parameters(), lr, betas=(0.9, 0.99), weight_decay=0.0)
     warm = torch.optim.lr_scheduler.LambdaLR(opt, lambda i: min(1, (i + 1) / 200) * 0.5 * (1 + math.cos(math.pi * i / iterations)))
-    size = torch.tensor([[PX, PX, 0, 0, PX, PX]]).repeat(batch, 1)
     for i in range(iterations):
-        pick = torch.randint(len(latents), (batch,))
-        tokens, _, pooled, _ = pipe.encode_prompt(CAPTIONS, device="cpu", do_classifier_free_guidance=False)
-        keep = (torch.rand(batch) > 0.1).float()[:, None]        # the empty prompt is zeros, as in SDXL
-        cond = dict(encoder_hidden_states=tokens[index[pick]] * keep[:, None],
-                    added_cond_kwargs=dict(text_embeds=pooled[index[pick]] * keep, time_ids=size))
-        x0, eps, t = latents[pick], torch.randn(batch, *latents.shape[1:]), torch.randint(1, schedule.T + 1, (batch,))
-        loss = F.mse_loss(pipe.unet(schedule.noise(x0, eps, t), schedule.timestep[t], **cond).sample, schedule.target(x0, eps, t))
+        loss = loss_of()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(nets.parameters(), 1.0)
         opt.step(), opt.zero_grad(), warm.step()
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(nets.parameters()), 1 - min(ema, (i + 1) / (i + 10)))
         if i % 500 == 499 or i == iterations - 1:
-            pipe.unet, pipe.text_encoder, pipe.text_encoder_2 = average
-            print(f"teacher {i + 1:5d}  loss {loss.item():.4f}  accuracy {mark(pipe, 144)[0]:.3f}", flush=True)
-            if i < iterations - 1:
-                pipe.unet, pipe.text_encoder, pipe.text_encoder_2 = nets
+            print(f"{name} {i + 1:5d}  loss {loss.item():.4f}  accuracy {accuracy_of(average):.3f}", flush=True)
+    return average
 
 
-def train_sd3(index, images, iterations, lr=1e-3, batch=64, ema=0.999):
+def train_teacher(pipe, index, latents, iterations, batch=64):
+    """Epsilon targets (Eq. 2) for the UNet and, because it is cheap here, for both text encoders."""
+    schedule = Schedule.from_diffusers(pipe.scheduler)
+    size = torch.tensor([[PX, PX, 0, 0, PX, PX]]).repeat(batch, 1)
+    nets = torch.nn.ModuleList([pipe.unet, pipe.text_encoder, pipe.text_encoder_2])
+
+    def use(nets):
+        pipe.unet, pipe.text_encoder, pipe.text_encoder_2 = nets
+
+    def loss_of():
+        use(nets)
+        pick = torch.randint(len(latents), (batch,))
+        tokens, _, pooled, _ = pipe.encode_prompt(CAPTIONS, device="cpu", do_classifier_free_guidance=False)
+        keep = (torch.rand(batch) > 0.1).float()[:, None]        # the empty prompt is zeros, as in SDXL
+        cond = dict(encoder_hidden_states=tokens[index[pick]] * keep[:, None],
+                    added_cond_kwargs=dict(text_embeds=pooled[index[pick]] * keep, time_ids=size))
+        eps, t = torch.randn(batch, *latents.shape[1:]), torch.randint(1, schedule.T + 1, (batch,))
+        return score_loss(pipe.unet, schedule, latents[pick], eps, t, cond)
+
+    def accuracy_of(nets):
+        use(nets)
+        return mark(pipe, 144)[0]
+    use(pretrain("teacher", nets, loss_of, accuracy_of, iterations))
+
+
+def train_sd3(index, images, iterations, batch=64):
     """A small SD3 on the same captions, to see a flow model distilled: the shipped VAE and text encoder, a new transformer, velocity
     targets (Eq. 3) at uniform unshifted times, no T5 (one empty token in its place). Returns the pipeline."""
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline, StableDiffusionXLPipeline
@@ -205,27 +221,22 @@ def train_sd3(index, images, iterations, lr=1e-3, batch=64, ema=0.999):
     pipe = StableDiffusion3Pipeline(transformer=net, vae=old.vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), tokenizer=old.tokenizer_2,
                                     text_encoder=old.text_encoder_2, tokenizer_2=old.tokenizer_2, text_encoder_2=old.text_encoder_2,
                                     tokenizer_3=None, text_encoder_3=None)
-    schedule, average = Schedule.from_diffusers(pipe.scheduler), deepcopy(net).eval()
-    opt = torch.optim.AdamW(net.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    warm = torch.optim.lr_scheduler.LambdaLR(opt, lambda i: min(1, (i + 1) / 200) * 0.5 * (1 + math.cos(math.pi * i / iterations)))
+    schedule = Schedule.from_diffusers(pipe.scheduler)
     with torch.no_grad():
         latents = torch.cat([pipe.vae.encode(x).latent_dist.mode() for x in images.split(512)]) * pipe.vae.config.scaling_factor
         conds, empty = encode_sd3(pipe, CAPTIONS, PX, PX, "cpu", max_sequence_length=1)
         conds = {k: torch.cat([v, empty[k][:1]]) for k, v in conds.items()}       # the last row is the empty prompt
-    for i in range(iterations):
+
+    def loss_of():
         pick = torch.randint(len(latents), (batch,))
         prompt = index[pick].where(torch.rand(batch) > 0.1, len(CAPTIONS))
-        x0, eps, t = latents[pick], torch.randn(batch, *latents.shape[1:]), torch.randint(1, schedule.T + 1, (batch,))
-        out = net(schedule.noise(x0, eps, t), timestep=schedule.timestep[t], **{k: v[prompt] for k, v in conds.items()}).sample
-        loss = F.mse_loss(out, schedule.target(x0, eps, t))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        opt.step(), opt.zero_grad(), warm.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - min(ema, (i + 1) / (i + 10)))
-        if i % 500 == 499 or i == iterations - 1:
-            pipe.transformer = average
-            print(f"sd3 {i + 1:5d}  loss {loss.item():.4f}  accuracy {mark(pipe, 144, max_sequence_length=1)[0]:.3f}", flush=True)
+        eps, t = torch.randn(batch, *latents.shape[1:]), torch.randint(1, schedule.T + 1, (batch,))
+        return score_loss(net, schedule, latents[pick], eps, t, {k: v[prompt] for k, v in conds.items()})
+
+    def accuracy_of(nets):
+        pipe.transformer, = nets
+        return mark(pipe, 144, max_sequence_length=1)[0]
+    pipe.transformer, = pretrain("sd3", torch.nn.ModuleList([net]), loss_of, accuracy_of, iterations)
     return pipe
 
 

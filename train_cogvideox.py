@@ -76,13 +76,18 @@ def pad(x, dim):
     return F.pad(x, [0, 0] * (x.dim() - 1 - dim) + [0, -x.shape[dim] % Group.size])
 
 
+def mine(x, dim):
+    """This rank's 1/N of `dim`, of something that is the same on every rank."""
+    return pad(x, dim).chunk(Group.size, dim)[Group.rank]
+
+
 class Share(torch.autograd.Function):
     """Tokens [B,S,C], the same on every rank -> this rank's 1/N of them. Backward: all shares, whose gradients are N times too large."""
 
     @staticmethod
     def forward(ctx, x):
         ctx.length = x.shape[1]
-        return pad(x, 1).chunk(Group.size, 1)[Group.rank].contiguous()
+        return mine(x, 1).contiguous()
 
     @staticmethod
     def backward(ctx, gradient):
@@ -98,7 +103,7 @@ class Whole(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return pad(gradient, 1).chunk(Group.size, 1)[Group.rank] * Group.size, None
+        return mine(gradient, 1) * Group.size, None
 
 
 def gather(x):
@@ -121,8 +126,8 @@ class UlyssesProcessor:
         q, k, v = (project(tokens).unflatten(2, (attn.heads, -1)).transpose(1, 2) for project in (attn.to_q, attn.to_k, attn.to_v))   # [B,H,s,d]
         q, k = attn.norm_q(q) if attn.norm_q else q, attn.norm_k(k) if attn.norm_k else k
         if image_rotary_emb is not None:
-            mine = [pad(table, 0).chunk(n)[Group.rank] for table in image_rotary_emb]
-            q, k = (torch.cat([x[:, :, :text], apply_rotary_emb(x[:, :, text:], mine)], 2) for x in (q, k))
+            tables = [mine(table, 0) for table in image_rotary_emb]
+            q, k = (torch.cat([x[:, :, :text], apply_rotary_emb(x[:, :, text:], tables)], 2) for x in (q, k))
         # all tokens of H/N heads: [B,H,s,d] -> [N,B,H/N,s,d], swapped -> [B,H/N,N*s,d]
         q, k, v = (swap(pad(x, 1).unflatten(1, (n, -1)).movedim(1, 0)).movedim(0, 2).flatten(2, 3) for x in (q, k, v))
         place = torch.arange(q.shape[2], device=q.device)                         # tokens now lie by rank, each rank's text before its video
@@ -152,12 +157,14 @@ def context_parallel(net, size):
     net.whole = lambda tokens: tokens if tokens.shape[1] == Group.lengths[0] else Whole.apply(tokens, Group.lengths[0])   # for taps inside
 
 
+# what train_sdxl.py's rows hold, for videos; no ADP, which is for images
+VIDEO = dict(network="transformer", encode=encode_cogvideox, last=None, tag="text-to-video",
+             result=("frames", 'from diffusers.utils import export_to_gif\nexport_to_gif(sample, "sample.gif")'))
 PIPELINES = {
     "CogVideoXPipeline": dict(
-        network="transformer", encode=encode_cogvideox, schedulers=schedulers_cogvideox, latent=latent_video, constant=rotary, decode=decode_video,
-        last=None, lora=[*ATTENTION, "ff.net.0.proj", "ff.net.2"], problems=video_problems, parallel=context_parallel, tag="text-to-video",
-        defaults=lambda config: dict(steps=8, guidance=[5.0, 7.0], pair_guidance=6.0, pair_steps=50),
-        result=("frames", 'from diffusers.utils import export_to_gif\nexport_to_gif(sample, "sample.gif")')),
+        VIDEO, schedulers=schedulers_cogvideox, latent=latent_video, constant=rotary, decode=decode_video, problems=video_problems,
+        parallel=context_parallel, lora=[*ATTENTION, "ff.net.0.proj", "ff.net.2"],
+        defaults=lambda config: dict(steps=8, guidance=[5.0, 7.0], pair_guidance=6.0, pair_steps=50)),
 }
 
 if __name__ == "__main__":

@@ -51,12 +51,18 @@ def encode_sd3(pipe, prompts, height, width, device, **tokens):
     return tuple(dict(encoder_hidden_states=t, pooled_projections=p) for t, p in ((text, pooled), (no_text, no_pooled)))
 
 
+def unipc(scheduler, steps, shift):
+    """UniPC at first order, without its corrector, is the plain step of a flow model."""
+    from diffusers import UniPCMultistepScheduler
+    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, solver_order=1,
+                                   disable_corrector=list(range(steps)), num_train_timesteps=scheduler.config.num_train_timesteps)
+
+
 def schedulers_sdxl(scheduler, line, rows):
     """-> (the stock scheduler that does to a student what the trainer did, the arguments its pipeline must be called with)."""
-    from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
-    if line:                                                    # after ADP: one straight jump, first order, no corrector
-        return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0, solver_order=1,
-                                       disable_corrector=[0], num_train_timesteps=scheduler.config.num_train_timesteps), dict(num_inference_steps=1)
+    from diffusers import DPMSolverMultistepScheduler
+    if line:                                                    # after ADP: one straight jump
+        return unipc(scheduler, 1, 1.0), dict(num_inference_steps=1)
     return DPMSolverMultistepScheduler.from_config(             # at first order, DDIM; diffusers' own DDIM steps to rows it then does not visit,
         scheduler.config, solver_order=1, timestep_spacing="trailing", final_sigmas_type="zero"), dict(num_inference_steps=len(rows) - 1)   # unless steps divide T
 
@@ -81,9 +87,8 @@ def decode_image(vae, x0, drop):
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 # class of the pipeline -> what differs between families. `lora`: layers that get an adapter. `last`: what the network is told at
-# the noisy end of ADP's line, None where there is no ADP. `multiple`: pixels come in. `defaults`: the paper's values where they are not SDXL's, from the
-# network's config. `result`: where the pipeline leaves its samples, and how one of them, `sample`, is saved.
-IMAGE = dict(latent=latent_image, decode=decode_image, constant=lambda pipe, shape, height, width: {}, multiple=32,
+# the noisy end of ADP's line, None where there is no ADP. `defaults`: the paper's values where they are not SDXL's, from the network's config. `result`: where the pipeline leaves its samples, and how one of them, `sample`, is saved.
+IMAGE = dict(latent=latent_image, decode=decode_image, constant=lambda pipe, shape, height, width: {},
              result=("images", 'sample.save("sample.png")'), tag="text-to-image")
 PIPELINES = {
     "StableDiffusionXLPipeline": dict(
@@ -246,6 +251,7 @@ class Teacher:
         self.prompts, self.device, self.vae = prompts, device, pipe.vae.to(device)
         self.net = (self.family.get("join") or (lambda pipe: getattr(pipe, self.family["network"])))(pipe).to(device)
         self.units = getattr(self.net, "units", [self.net])     # two where the teacher is two networks, noisier first: Wan2.2
+        self.backbone = self.units[-1]                          # of the latent discriminator
         self.schedule = Schedule.from_diffusers(pipe.scheduler).to(device)
         self.line = Schedule.straight(self.schedule.T, self.family["last"]).to(device)
         self.shape, self.height, self.width, self.drop = self.family["latent"](pipe, self.net, args)
@@ -421,13 +427,23 @@ def load_pairs(args, out, teacher):
     return tuple(torch.cat([f.get_tensor(k) for f in files])[:args.pairs] for k in ("x_T", "x_0", "prompt"))
 
 
-def micro_batches(args, teacher, stage, iteration):
-    """This rank's micro-batches (draws, cond, uncond) of an iteration: the places of its samples in the global batch make its random numbers."""
+def draws_of(args, teacher, stage, iteration):
+    """Draws of each of this rank's micro-batches: the places of its samples in the global batch make their random numbers."""
     rank, ranks = (n // context(args) for n in world())         # ranks that share their samples draw the same
     for m in range(args.accumulate):
         first = (m * ranks + rank) * args.batch_size
-        draws = Draws((args.seed, stage), iteration, range(first, first + args.batch_size), teacher.shape, teacher.device)
-        yield draws, teacher.cond(draws.rows(0, len(teacher.prompts) - 1)), teacher.uncond(args.batch_size)
+        yield Draws((args.seed, stage), iteration, range(first, first + args.batch_size), teacher.shape, teacher.device)
+
+
+def micro_batches(args, teacher, stage, iteration):
+    """[(draws, cond, uncond), ...] of an iteration of ADM, DMD or Phased DMD."""
+    return [(draws, teacher.cond(draws.rows(0, len(teacher.prompts) - 1)), teacher.uncond(args.batch_size))
+            for draws in draws_of(args, teacher, stage, iteration)]
+
+
+def latent_heads(args, teacher):
+    one = torch.zeros(1, *teacher.shape, device=teacher.device)
+    return heads_for(teacher.backbone, one, args.head_channels, timestep=torch.zeros(1), **teacher.uncond(1)).to(teacher.device)
 
 
 def run_adp(args, out, teacher, generator, average, facts, checkpoint, look, stop):
@@ -435,8 +451,7 @@ def run_adp(args, out, teacher, generator, average, facts, checkpoint, look, sto
     x_T, x_0, prompt = load_pairs(args, out, teacher)
     torch.manual_seed(args.seed)
     vision = autocast(load_vision_encoder(args.pixel_backbone, teacher.device), teacher.device, args.bf16)
-    one = torch.zeros(1, *teacher.shape, device=teacher.device)
-    heads = heads_for(teacher.units[-1], one, args.head_channels, timestep=torch.zeros(1), **teacher.uncond(1)).to(teacher.device)
+    heads = latent_heads(args, teacher)
     pixel_heads = heads_for(vision, torch.zeros(1, 3, vision.config.image_size, vision.config.image_size), args.head_channels).to(teacher.device)
     optimizers = (Adam("generator", generator.parameters(), args.lr_generator_adp, args.clip),
                   Adam("latent heads", heads.parameters(), args.lr_discriminator, args.clip),
@@ -446,14 +461,11 @@ def run_adp(args, out, teacher, generator, average, facts, checkpoint, look, sto
     begin = load_checkpoint(checkpoint, facts, nets, optimizers)["iteration"] if checkpoint else 0
 
     def batches(iteration):
-        rank, ranks = world()
-        for m in range(args.accumulate):
-            first = (m * ranks + rank) * args.batch_size
-            draws = Draws((args.seed, 1), iteration, range(first, first + args.batch_size), teacher.shape, teacher.device)
+        for draws in draws_of(args, teacher, 1, iteration):
             pick = draws.rows(0, len(prompt) - 1).cpu()
             yield draws, x_0[pick].to(teacher.device), x_T[pick].to(teacher.device), teacher.cond(prompt[pick])
 
-    steps = adp(generator, Taps(teacher.units[-1]), heads, Taps(vision), pixel_heads, teacher.decode, optimizers, teacher.schedule, teacher.line,
+    steps = adp(generator, Taps(teacher.backbone), heads, Taps(vision), pixel_heads, teacher.decode, optimizers, teacher.schedule, teacher.line,
                 lambda i: list(batches(i)), args.iterations_adp, begin, args.lambdas)
     show = lambda name: look(name, [(average.net, teacher.line.rows(1))], teacher.line)
     return follow(args, out, "adp", steps, begin, args.iterations_adp, nets, optimizers, average, facts, show, stop)
@@ -463,8 +475,7 @@ def run_adm(args, out, teacher, generator, average, student_schedule, facts, che
     """Stage `adm` (or DMD in its place) -> False if it was stopped early."""
     torch.manual_seed(args.seed)
     fake_score = trainable(args, teacher, "fake", args.lora_rank_fake)
-    one = torch.zeros(1, *teacher.shape, device=teacher.device)
-    heads = heads_for(teacher.units[-1], one, args.head_channels, timestep=torch.zeros(1), **teacher.uncond(1)).to(teacher.device)
+    heads = latent_heads(args, teacher)
     optimizers = (Adam("generator", generator.parameters(), args.lr_generator, args.clip),
                   Adam("fake score", fake_score.parameters(), args.lr_fake, args.clip),
                   Adam("latent heads", heads.parameters(), args.lr_discriminator, args.clip))
@@ -472,8 +483,8 @@ def run_adm(args, out, teacher, generator, average, student_schedule, facts, che
     autocast(heads, teacher.device, args.bf16)
     found = load_checkpoint(checkpoint, dict(facts, method=args.method), nets, optimizers) if checkpoint else dict(iteration=0, global_iter=0)
     rows = student_schedule.rows(args.steps)
-    steps = adm(generator, fake_score, teacher.net, Taps(teacher.units[-1]), heads, optimizers, teacher.schedule, student_schedule,
-                rows, args.guidance, lambda i: list(micro_batches(args, teacher, 2, i)), args.iterations_adm,
+    steps = adm(generator, fake_score, teacher.net, Taps(teacher.backbone), heads, optimizers, teacher.schedule, student_schedule,
+                rows, args.guidance, lambda i: micro_batches(args, teacher, 2, i), args.iterations_adm,
                 (found["iteration"], found["global_iter"]), args.ttur, loss="dmd" if args.method == "dmd" else "adm", student_w=args.cfg_student)
     show = lambda name: look(name, [(average.net, rows)], student_schedule)
     return follow(args, out, "adm", steps, found["iteration"], args.iterations_adm, nets, optimizers, average, dict(facts, method=args.method), show, stop)
@@ -487,12 +498,14 @@ def run_dmdx(args, out, teacher, checkpoint, reached, look, stop):
     if args.stage in ("all", "adp") and args.steps == 1 and teacher.family["last"] and reached != "adm":
         if not run_adp(args, out, teacher, generator, average, facts, checkpoint, look, stop):
             return goodbye(out)
-    elif reached != "adm" and (path := newest_checkpoint(out.path / "checkpoints", "adp")):
-        if load_checkpoint(path, facts, average.both(), ())["iteration"] < args.iterations_adp:
-            raise Failure(f"{path}: ADP is not finished there; finish it with --stage adp --resume auto, or give its length as --iterations-adp")
+        after_adp = True
+    else:
+        after_adp = newest_checkpoint(out.path / "checkpoints", "adp")
+        if after_adp and reached != "adm" and load_checkpoint(after_adp, facts, average.both(), ())["iteration"] < args.iterations_adp:
+            raise Failure(f"{after_adp}: ADP is not finished there; finish it with --stage adp --resume auto, or give its length as --iterations-adp")
     if args.stage == "adp":
         return print("adp is done; go on with --stage adm --resume auto")
-    student_schedule = teacher.line if newest_checkpoint(out.path / "checkpoints", "adp") else teacher.schedule
+    student_schedule = teacher.line if after_adp else teacher.schedule
     if reached != "adm":
         average.restart()                                       # ADM starts from what ADP's average had become
     if not run_adm(args, out, teacher, generator, average, student_schedule, facts, checkpoint if reached == "adm" else None, look, stop):
@@ -510,7 +523,7 @@ def run_phases(args, out, teacher, checkpoint, reached, look, stop):
                                          method=args.method, weighting=args.weighting)
         generator = trainable(args, teacher, stage, args.lora_rank, teacher.units[teacher.part(phase)])
         average = Average(generator, args.ema)
-        if reached and stage < reached:                         # finished before this run
+        if reached in [f"phase{j}" for j in range(k + 1, args.phases + 1)]:               # finished before this run
             path = newest_checkpoint(out.path / "checkpoints", stage)
             if path is None or load_checkpoint(path, facts, average.both(), ())["iteration"] < args.iterations_phase:
                 raise Failure(f"{out.path}/checkpoints: {stage} is not whole and finished there; give its length as --iterations-phase")
@@ -521,7 +534,7 @@ def run_phases(args, out, teacher, checkpoint, reached, look, stop):
             nets = dict(average.both(), fake_score=fake_score)
             found = load_checkpoint(checkpoint, facts, nets, optimizers) if reached == stage else dict(iteration=0, global_iter=0)
             steps = phased_dmd([*experts, (generator, phase)], fake_score, teacher.net, optimizers, teacher.schedule, args.guidance,
-                               lambda i: list(micro_batches(args, teacher, 10 + k, i)), args.iterations_phase,
+                               lambda i: micro_batches(args, teacher, 10 + k, i), args.iterations_phase,
                                (found["iteration"], found["global_iter"]), args.ttur, args.weighting, args.narrow, args.clamp)
             show = lambda name: look(name, [*experts, (average.net, [*phase[:-1], 0])], teacher.schedule)   # its last jump goes on to 0
             if not follow(args, out, stage, steps, found["iteration"], args.iterations_phase, nets, optimizers, average, facts, show, stop):

@@ -10,8 +10,8 @@ import torch
 import torch.nn as nn
 
 from plumbing import run
-from train_cogvideox import video_problems
-from train_sdxl import ATTENTION, main
+from train_cogvideox import VIDEO, encode_cogvideox, video_problems
+from train_sdxl import ATTENTION, main, unipc
 
 
 class ByNoise(nn.Module):
@@ -41,9 +41,8 @@ def join(pipe):
     return ByNoise(pipe.transformer, pipe.transformer_2, pipe.config.boundary_ratio * pipe.scheduler.config.num_train_timesteps)
 
 
-def encode_wan(pipe, prompts, height, width, device, **tokens):
-    text, no_text = pipe.encode_prompt(prompts, do_classifier_free_guidance=True, device=device, **(dict(max_sequence_length=512) | tokens))
-    return dict(encoder_hidden_states=text), dict(encoder_hidden_states=no_text)
+def encode_wan(pipe, prompts, height, width, device, max_sequence_length=512):
+    return encode_cogvideox(pipe, prompts, height, width, device, max_sequence_length=max_sequence_length)
 
 
 def latent_wan(pipe, network, args):
@@ -60,24 +59,20 @@ def decode_wan(vae, x0, drop):
 
 
 def schedulers_wan(scheduler, line, rows):
-    """UniPC at first order, without its corrector, is the plain step."""
-    from diffusers import UniPCMultistepScheduler
     shift = scheduler.config.get("flow_shift") or scheduler.config.get("shift") or 1.0
-    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, solver_order=1,
-                                   disable_corrector=list(range(len(rows))), num_train_timesteps=scheduler.config.num_train_timesteps), \
-        dict(num_inference_steps=len(rows) - 1)
+    return unipc(scheduler, len(rows) - 1, shift), dict(num_inference_steps=len(rows) - 1)
 
 
 def problems(args):
-    return video_problems(args) + ["--context-parallel: CogVideoX only; leave the flag out"] * (args.context_parallel != 1) + [f"--phases {args.phases}: a Wan pipeline holds two experts"] * (args.method == "phased_dmd" and args.phases != 2)
+    wrong = video_problems(args) + ["--context-parallel: CogVideoX only; leave the flag out"] * (args.context_parallel != 1)
+    return wrong + [f"--phases {args.phases}: a Wan pipeline holds two experts"] * (args.method == "phased_dmd" and args.phases != 2)
 
 
 PIPELINES = {
     "WanPipeline": dict(
-        network="transformer", join=join, encode=encode_wan, schedulers=schedulers_wan, latent=latent_wan, decode=decode_wan, last=None, problems=problems,
-        constant=lambda pipe, shape, height, width: {}, lora=[*ATTENTION, "ffn.net.0.proj", "ffn.net.2"], tag="text-to-video",
-        defaults=lambda config: dict(steps=4, guidance=[4.0, 6.0], pair_guidance=5.0, pair_steps=50),
-        result=("frames", 'from diffusers.utils import export_to_gif\nexport_to_gif(sample, "sample.gif")')),
+        VIDEO, join=join, encode=encode_wan, schedulers=schedulers_wan, latent=latent_wan, decode=decode_wan, problems=problems,
+        constant=lambda pipe, shape, height, width: {}, lora=[*ATTENTION, "ffn.net.0.proj", "ffn.net.2"],
+        defaults=lambda config: dict(steps=4, guidance=[4.0, 6.0], pair_guidance=5.0, pair_steps=50)),
 }
 
 if __name__ == "__main__":

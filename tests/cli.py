@@ -2,12 +2,14 @@
 libraries already: a second each instead of six."""
 import multiprocessing
 import os
+import re
 import runpy
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -29,12 +31,12 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["cli"])
 
 
-def script(argv, env, folder, out, err):
+def script(argv, group, folder, out, err):
     """In the child: be `python argv[0] argv[1:]`."""
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)
-    os.environ.update(env)
+    os.environ.update(group)
     os.chdir(folder)
     sys.argv = [str(a) for a in argv]
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -49,7 +51,7 @@ def script(argv, env, folder, out, err):
 class Run:
     """One script under way; with ranks, the processes torchrun would start."""
 
-    def __init__(self, *argv, ranks=0, env={}, folder=ROOT):
+    def __init__(self, *argv, ranks=0, folder=ROOT):
         self.folder = tempfile.mkdtemp()
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
@@ -57,7 +59,7 @@ class Run:
         self.processes = []
         for rank in range(ranks or 1):
             group = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=port) if ranks else {}
-            self.processes.append(FORKS.Process(target=script, args=(argv, dict(env, **group), str(folder), *self.files(rank))))
+            self.processes.append(FORKS.Process(target=script, args=(argv, group, str(folder), *self.files(rank))))
             self.processes[-1].start()
 
     def files(self, rank):
@@ -90,3 +92,37 @@ def failed(done, code, *words):
     assert done.returncode == code and len(lines) == 1, (done.returncode, done.stderr[-2000:])
     for word in words:
         assert word in lines[0], (word, lines[0])
+
+
+@contextmanager
+def two_at_a_time(jobs):
+    """{name: (function, arguments)} -> {name: future}, worked off in the background in this order; what was not asked for is dropped at the end."""
+    with ThreadPoolExecutor(2) as pool:
+        futures = {name: pool.submit(function, *arguments) for name, (function, *arguments) in jobs.items()}
+        yield futures
+        for future in futures.values():
+            future.cancel()
+
+
+# the model card's own lines, given the trainer's noise, against the trainer's samples
+CARD = """
+import sys, torch
+from safetensors.torch import load_file
+kept, prompts = load_file(sys.argv[1]), sys.argv[2:]
+{}
+if sample.dim() == 5:
+    sample = sample.transpose(1, 2)
+print((sample * 2 - 1 - kept["images"].clamp(-1, 1)).abs().max().item(), kept["images"].std().item())
+"""
+
+
+def stock_difference(out, prompts):
+    """A new process, stock diffusers, the model card's lines: largest difference from the trainer's own samples."""
+    code = (out / "export" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code, calls = re.subn(re.escape(f"pipe({prompts[0]!r}, "), "pipe([prompts[i] for i in kept['prompt']], latents=kept['x_T'], output_type='pt', ", code)
+    code, ends = re.subn(r"\)\.(images|frames)\[0\]\n(.|\n)*", r").\1\n", code)
+    assert calls == ends == 1, code
+    done = succeeded(Run("-c", CARD.format(code), out / "samples" / "samples.safetensors", *prompts).wait())
+    difference, spread = map(float, done.stdout.split()[-2:])
+    assert spread > 0.01, "the samples are blank: nothing was compared"
+    return difference

@@ -26,6 +26,12 @@ def t5(width, max_length):
     return tokenizer, T5EncoderModel(config).eval()
 
 
+def sam():
+    from transformers import SamVisionConfig, SamVisionModel
+    return SamVisionModel(SamVisionConfig(image_size=32, patch_size=4, hidden_size=16, mlp_dim=16, num_hidden_layers=4, num_attention_heads=2,
+                                          output_channels=16, window_size=0, global_attn_indexes=[0, 1, 2, 3]))
+
+
 def image_vae(channels, shift):
     from diffusers import AutoencoderKL
     return AutoencoderKL(sample_size=32, block_out_channels=(8, 16), norm_num_groups=8, layers_per_block=1, latent_channels=channels,

@@ -1,10 +1,8 @@
 """Every family of the papers from the command line, on a small random pipeline of the true structure: train, stop, resume, export, and
 the stock pipeline draws what the trainer drew."""
 import json
-import re
 import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,22 +11,11 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import pipelines
-from cli import ROOT, Run, failed, succeeded
+from cli import ROOT, Run, failed, stock_difference, succeeded, two_at_a_time
 
 QUICK = ("--pairs 4 --pair-steps 2 --iterations 3 --batch-size 1 --save-every 1 --sample-every 100 --head-channels 8 --accumulate 1 --ttur 1 "
          "--lr-generator-adp 1e-3 --lr-generator 1e-3 --lr-fake 1e-3 --lr-discriminator 1e-3").split()
 PROMPTS = ["a small red circle on green", "two dogs"]
-# the model card's own lines, given the trainer's noise, against the trainer's samples
-CARD = """
-import sys, torch
-from safetensors.torch import load_file
-kept, prompts = load_file(sys.argv[1]), sys.argv[2:]
-{}
-if sample.dim() == 5:
-    sample = sample.transpose(1, 2)
-print((sample * 2 - 1 - kept["images"].clamp(-1, 1)).abs().max().item(), kept["images"].std().item())
-"""
-
 # name: (script, how the pipeline is built, its heads)
 FAMILIES = {
     "sd3-medium": ("train_sdxl.py", lambda: pipelines.sd3("medium"), 24),
@@ -65,18 +52,6 @@ def start(family, name, out, *flags):
     return Run(ROOT / script, "--model", folder, "--prompts", prompts, "--out", out, *QUICK, *size, *flags)
 
 
-def stock_difference(out):
-    """A new process, stock diffusers, the model card's lines: largest difference from the trainer's own samples."""
-    code = (out / "export" / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    code, calls = re.subn(re.escape(f"pipe({PROMPTS[0]!r}, "), "pipe([prompts[i] for i in kept['prompt']], latents=kept['x_T'], output_type='pt', ", code)
-    code, ends = re.subn(r"\)\.(images|frames)\[0\]\n(.|\n)*", r").\1\n", code)
-    assert calls == ends == 1, code
-    done = succeeded(Run("-c", CARD.format(code), out / "samples" / "samples.safetensors", *PROMPTS).wait())
-    difference, spread = map(float, done.stdout.split()[-2:])
-    assert spread > 0.01, "the samples are blank: nothing was compared"
-    return difference
-
-
 def interrupted(family, name, out, *flags):
     """Ctrl-C once the prompts are embedded, which ends the run after its first iteration; then resumed to the end."""
     run = start(family, name, out, *flags)
@@ -102,10 +77,8 @@ VARIANTS = {
 @pytest.fixture(scope="session")
 def runs(family, tmp_path_factory):
     """(test, name) -> a future of the run's folder: two at a time in the background, in the order the tests ask."""
-    from transformers import SamVisionConfig, SamVisionModel
     root = tmp_path_factory.mktemp("runs")
-    SamVisionModel(SamVisionConfig(image_size=32, patch_size=4, hidden_size=16, mlp_dim=16, num_hidden_layers=4, num_attention_heads=2, output_channels=16,
-                                   window_size=0, global_attn_indexes=[0, 1, 2, 3])).save_pretrained(root / "vision")
+    pipelines.sam().save_pretrained(root / "vision")
     for name in FAMILIES:
         family(name)
 
@@ -117,14 +90,12 @@ def runs(family, tmp_path_factory):
         succeeded(start(family, name, out, *(str(root / "vision") if f == "vision" else f for f in flags)).wait())
         return out
 
-    with ThreadPoolExecutor(2) as pool:
-        jobs = {("adm", name): pool.submit(adm, name, root / f"adm {name}") for name in FAMILIES}
-        jobs |= {("phased", name): pool.submit(whole, name, root / f"phased {name}", *"--method phased_dmd --steps 4 --lora-rank 2 --lora-alpha 1".split())
-                 for name in PHASED}
-        jobs |= {("variant", label): pool.submit(whole, name, root / label, *flags) for label, (name, *flags) in VARIANTS.items()}
-        yield jobs
-        for job in jobs.values():                               # of tests that were not asked for
-            job.cancel()
+    jobs = {("adm", name): (adm, name, root / f"adm {name}") for name in FAMILIES}
+    jobs |= {("phased", name): (whole, name, root / f"phased {name}", *"--method phased_dmd --steps 4 --lora-rank 2 --lora-alpha 1".split())
+             for name in PHASED}
+    jobs |= {("variant", label): (whole, name, root / label, *flags) for label, (name, *flags) in VARIANTS.items()}
+    with two_at_a_time(jobs) as futures:
+        yield futures
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -133,13 +104,13 @@ def test_adm(runs, name):
     out = runs["adm", name].result()
     heads = load_file(out / "checkpoints" / "adm-00000003" / "heads.safetensors")
     assert len({k.split(".")[1] for k in heads}) == FAMILIES[name][2]
-    assert stock_difference(out) < 1e-4
+    assert stock_difference(out, PROMPTS) < 1e-4
 
 
 @pytest.mark.parametrize("name", PHASED)
 def test_phased_dmd(runs, name):
     out = runs["phased", name].result()
-    assert stock_difference(out) < 1e-4
+    assert stock_difference(out, PROMPTS) < 1e-4
     if name.startswith("wan"):                                  # both experts in the pipeline itself, as Wan2.2 has them
         index = json.loads((out / "export" / "model_index.json").read_text())
         assert index["transformer_2"][1] == "WanTransformer3DModel" and 0.833 < index["boundary_ratio"] < 0.9376
@@ -147,7 +118,7 @@ def test_phased_dmd(runs, name):
 
 @pytest.mark.parametrize("label", VARIANTS)
 def test_variants(runs, label):
-    assert stock_difference(runs["variant", label].result()) < 1e-4
+    assert stock_difference(runs["variant", label].result(), PROMPTS) < 1e-4
 
 
 def test_lora_files_load_in_the_stock_pipeline(family, tmp_path):
@@ -275,4 +246,4 @@ def test_context_parallel_from_the_command_line(family, tmp_path):
     one, two = (load_file(tmp_path / n / "checkpoints" / "adm-00000003" / "fake_score.safetensors") for n in ("one", "two"))
     for k in one:
         assert_close(two[k], one[k], rtol=1e-3, atol=2e-4, msg=lambda m: f"{k}: {m}")
-    assert stock_difference(tmp_path / "two") < 1e-4
+    assert stock_difference(tmp_path / "two", PROMPTS) < 1e-4

@@ -5,40 +5,30 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+import pipelines
 import shapes
-from cli import ROOT, Run, failed, succeeded
+from cli import ROOT, Run, failed, stock_difference, succeeded, two_at_a_time
 
 QUICK = ("--pairs 12 --pair-steps 2 --iterations 4 --batch-size 2 --save-every 2 --sample-every 100 --head-channels 16 "
          "--lr-generator-adp 1e-3 --lr-generator 1e-3 --lr-fake 1e-3 --lr-discriminator 1e-3").split()
+PROMPTS = shapes.CAPTIONS[:5]
 PHASED = "--method phased_dmd --accumulate 1 --ttur 2 --lora-rank 0 --decay".split()
-# the model card's own lines, given the trainer's noise, against the trainer's images
-CARD = """
-import sys, torch
-from safetensors.torch import load_file
-kept, prompts = load_file(sys.argv[1]), sys.argv[2:]
-more = dict(latents=kept["x_T"], output_type="pt")
-{}
-print((sample * 2 - 1 - kept["images"].clamp(-1, 1)).abs().max().item(), kept["images"].std().item())
-"""
 
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
     """A random pipeline, a random vision encoder and a prompt file."""
-    from transformers import SamVisionConfig, SamVisionModel
     root = tmp_path_factory.mktemp("small")
     torch.manual_seed(0)
     shapes.build().save_pretrained(root / "model")
-    SamVisionModel(SamVisionConfig(image_size=32, patch_size=4, hidden_size=16, mlp_dim=16, num_hidden_layers=4, num_attention_heads=2,
-                                   output_channels=16, window_size=0, global_attn_indexes=[0, 1, 2, 3])).save_pretrained(root / "vision")
-    (root / "prompts.txt").write_text("\n".join(shapes.CAPTIONS[:5]))
+    pipelines.sam().save_pretrained(root / "vision")
+    (root / "prompts.txt").write_text("\n".join(PROMPTS))
     return root
 
 
@@ -49,19 +39,6 @@ def start(small, out, *flags, **how):
 
 def train(*args, **how):
     return start(*args, **how).wait()
-
-
-def stock_difference(out):
-    """A new process, stock diffusers, the model card's lines: largest difference from the trainer's own samples."""
-    snippet = (out / "export" / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    prompt = repr(shapes.CAPTIONS[0])
-    assert f"pipe({prompt}, " in snippet and ").images[0]\n" in snippet
-    snippet = snippet.replace(f"pipe({prompt}, ", "pipe([prompts[i] for i in kept['prompt']], **more, ").replace(").images[0]\n", ").images\n")
-    snippet = snippet.replace('sample.save("sample.png")', "")
-    done = succeeded(Run("-c", CARD.format(snippet), out / "samples" / "samples.safetensors", *shapes.CAPTIONS[:5]).wait())
-    difference, spread = map(float, done.stdout.split()[-2:])
-    assert spread > 0.01, "the samples are blank: nothing was compared"
-    return difference
 
 
 def weights(out, stage="adm", iteration=4):
@@ -97,11 +74,8 @@ def runs(small, tmp_path_factory):
         succeeded(train(small, root / name, *flags, ranks=2 if name == "two ranks" else 0))
         return root / name
 
-    with ThreadPoolExecutor(2) as pool:
-        jobs = {name: pool.submit(whole, name, flags) for name, flags in VARIANTS.items()}
-        yield jobs
-        for job in jobs.values():                               # of tests that were not asked for
-            job.cancel()
+    with two_at_a_time({name: (whole, name, flags) for name, flags in VARIANTS.items()}) as futures:
+        yield futures
 
 
 @pytest.fixture(scope="session")
@@ -123,7 +97,7 @@ def test_run_leaves_what_the_readme_promises(finished):
 
 
 def test_export_reproduces_the_trainers_samples(finished):
-    assert stock_difference(finished) < 1e-4
+    assert stock_difference(finished, PROMPTS) < 1e-4
 
 
 def test_model_card_snippet_runs(finished, tmp_path):
@@ -167,7 +141,7 @@ def test_phased_dmd_export(phased):
     assert facts == dict(network="unet", steps=[2, 2], switch=True, boundaries=[499.0], call=dict(num_inference_steps=4, guidance_scale=0))
     first, second = (load_file(phased / "export" / name / "diffusion_pytorch_model.safetensors") for name in ("unet", "unet_2"))
     assert any((first[k] != second[k]).any() for k in first)
-    assert stock_difference(phased) < 1e-4
+    assert stock_difference(phased, PROMPTS) < 1e-4
     assert {json.loads(line)["stage"] for line in (phased / "metrics.jsonl").read_text().splitlines()} == {"phase1", "phase2"}
 
 
@@ -191,7 +165,7 @@ def test_killed_pair_collection_goes_on_to_the_same_bytes(small, tmp_path):
 
 @pytest.mark.parametrize("name", list(VARIANTS)[4:])
 def test_variants_train_and_export(runs, name):
-    assert stock_difference(runs[name].result()) < (0.1 if "bf16" in name else 1e-4)   # bf16 trainer, float32 export
+    assert stock_difference(runs[name].result(), PROMPTS) < (0.1 if "bf16" in name else 1e-4)   # bf16 trainer, float32 export
 
 
 def test_checkpointing_changes_nothing(runs, finished):
