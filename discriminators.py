@@ -120,12 +120,12 @@ class Taps(nn.Module):
     [B,C,H,W] or [B,C,T,H,W], with gradient to the input and none to the weights.
 
     The features are the *return value* on purpose: wrapped by FSDP2 as a root, a module may only be used through its
-    output. Raises ValueError for a backbone of a class without a row in FAMILIES.
+    output. (Around a network whose blocks are sharded and whose rest is whole, as plumbing.shard leaves a frozen one, it needs no root.) Raises ValueError for a backbone of a class without a row in FAMILIES.
     """
 
     def __init__(self, net):
         super().__init__()
-        kind = type(net).__name__
+        kind = type(net).__name__.removeprefix("FSDP")          # which FSDP2 puts before the class of what it shards
         if kind not in FAMILIES:
             raise ValueError(f"no taps are known for a {kind}; known backbones: {', '.join(FAMILIES)}")
         self.net = net.eval()

@@ -11,7 +11,7 @@ import sys
 import textwrap
 import warnings
 from contextlib import contextmanager
-from copy import deepcopy
+from copy import copy, deepcopy
 from pathlib import Path
 from types import MethodType
 
@@ -20,6 +20,9 @@ import torch.distributed as dist
 import torch.nn as nn
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 # --------------------------------------------------------------------------------------------------------------- errors
@@ -80,11 +83,14 @@ def quiet():
         library.disable_progress_bar()
 
 
-def start():
-    """Join torchrun's process group if there is one -> this process's device."""
+def start(alone=False):
+    """Join torchrun's process group if there is one -> this process's device. alone: make a group of one if there is none, for sharding."""
     cuda = torch.cuda.is_available()
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"          # gloo as well: offloaded tensors, and flags, are on the host
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group(backend)
+    elif alone:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if not cuda:
         return torch.device("cpu")
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -94,6 +100,22 @@ def start():
 def barrier():
     if dist.is_initialized():
         dist.barrier()
+
+
+def broadcast(value):
+    """Rank 0's value, on every rank."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def any_rank(flag):
+    """Is it so on any of the ranks?"""
+    if dist.is_initialized():
+        flag = torch.tensor(float(flag))
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag)
 
 
 def goodbye(out):
@@ -115,10 +137,7 @@ class StopSignal:
         print("\nstopping after this iteration; once more to stop at once", file=sys.stderr)
 
     def __bool__(self):
-        if dist.is_initialized():
-            flag = torch.tensor(float(self.asked))
-            dist.all_reduce(flag.cuda() if dist.get_backend() == "nccl" else flag, op=dist.ReduceOp.MAX)
-            self.asked = bool(flag)
+        self.asked = any_rank(self.asked)
         return self.asked
 
 
@@ -129,20 +148,32 @@ def autocast(net, device, enabled, method="forward"):
     return net
 
 
+def compiled(net, backend):
+    """Compile each block by itself, bound as autocast binds: hooks stay outside, blocks alike share their code, a deepcopy runs itself."""
+    torch._dynamo.config.recompile_limit = 64                   # a block runs with and without gradients, adapters and guidance's double batch
+    code = {}
+    for block in (block for unit in getattr(net, "units", [net]) for block in blocks(unit)):
+        kind = type(block)
+        block.forward = MethodType(code.setdefault(kind, torch.compile(kind.forward, backend=backend)), block)
+
+
 class Adam:
     """The paper's optimizer as the loops use it, step and zero_grad: AdamW without weight decay, betas (0.0, 0.99) (B.5).
-    A step averages the gradients over the ranks, clips their norm, and refuses what is not finite, on every rank alike."""
+    A step averages the gradients over the ranks (sharded ones were averaged in the backward pass), clips their norm, and refuses what
+    is not finite, on every rank alike."""
 
     def __init__(self, name, params, lr, clip, betas=(0.0, 0.99)):
         self.name, self.params, self.clip, self.rate = name, [p for p in params if p.requires_grad], clip, lr
         self.adam = torch.optim.AdamW(self.params, lr, betas=betas, weight_decay=0.0, fused=True)
 
     def step(self):
-        if dist.is_initialized():
-            for p in self.params:
+        for p in self.params:
+            if p.grad is None:                                  # of a network that no sample went to (train_wan.py)
+                p.grad = torch.zeros_like(p)
+            if dist.is_initialized() and not isinstance(p, DTensor):
                 dist.all_reduce(p.grad)
                 p.grad /= dist.get_world_size()
-        norm = torch.nn.utils.clip_grad_norm_(self.params, self.clip or math.inf)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.params, self.clip or math.inf))
         if not torch.isfinite(norm):
             raise Failure(f"the gradient of the {self.name} is not finite: nothing was stepped or saved; "
                           f"resume from the last checkpoint with a lower learning rate")
@@ -230,7 +261,13 @@ class Lora(nn.Module):
 
 
 def full_copy(net):
-    """A network's own weights, without the adapters it may carry."""
+    """A network's own weights, without the adapters it may carry. Of a sharded network, a sharded copy to train."""
+    if "sharded" in net.__dict__:
+        return copy_of_shards(net)
+    if any("sharded" in part.__dict__ for part in net.children()):                # two networks as one (train_wan.py)
+        twin = copy(net)
+        twin._modules = {name: full_copy(part) for name, part in net.named_children()}
+        return twin
     twin = deepcopy(net)
     if net.__dict__.get("adapted"):
         twin.unload_lora()
@@ -242,8 +279,8 @@ class Average:
     """Exponential moving average of a generator's trained weights, as a network to sample from (decay 0: the generator itself)."""
 
     def __init__(self, net, decay):
-        copy = (lambda: net.twin(f"{net.name}_average")) if isinstance(net, Lora) else lambda: deepcopy(net)
-        self.source, self.decay, self.net = net, decay, copy() if decay else net
+        twin = (lambda: net.twin(f"{net.name}_average")) if isinstance(net, Lora) else lambda: full_copy(net)
+        self.source, self.decay, self.net = net, decay, twin() if decay else net
 
     def both(self):
         """What a checkpoint holds of the generator."""
@@ -261,8 +298,88 @@ class Average:
     @torch.no_grad()
     def restart(self):
         """The generator goes on from its average."""
-        mine, theirs = self.pairs()
-        torch._foreach_copy_(theirs, mine)
+        for mine, theirs in zip(*self.pairs()):
+            theirs.copy_(mine)
+
+
+# ------------------------------------------------------------------------------------------------------------- sharding
+#
+# --fsdp, --cpu-offload: FSDP2. Every rank keeps a part of each weight, gradient and moment, and gathers a block's weights while it runs. Blocks are
+# what diffusers says must not be split. What lies outside of blocks (embeddings, a few per cent) is sharded where it is trained and whole
+# where it is frozen: the discriminator leaves the network by its taps, so a group that ends with the network's own output would never be
+# gathered for its backward pass. Adapters are small: whole on every rank, averaged by Adam.
+
+def sharding(fsdp, offload, bf16, device):
+    """-> fully_shard's arguments, or None: each rank keeps whole copies. One node: shards over all ranks. Several: shards inside a node, equal
+    copies across nodes (HSDP). Gathered weights are bf16 with --bf16, what they are kept, averaged and stepped in is float32."""
+    if not (fsdp or offload):
+        return None
+    ranks, node = world()[1], int(os.environ.get("LOCAL_WORLD_SIZE", world()[1]))
+    shape, names = ((ranks // node, node), ("replica", "shard")) if ranks > node else ((ranks,), ("shard",))
+    how = dict(mesh=dist.init_device_mesh(device.type, shape, mesh_dim_names=names), reshard_after_forward=True)
+    if offload:
+        how["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+    if bf16:                                                    # inputs stay as they are: timesteps above 256 are not all bf16 numbers
+        how["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    return how
+
+
+def blocks(net):
+    """The innermost of the modules that diffusers says must stay in one piece."""
+    found = [m for m in net.modules() if type(m).__name__.removeprefix("FSDP") in (getattr(net, "_no_split_modules", None) or ())]
+    return [m for m in found if not any(other is not m and other in found for other in m.modules())]
+
+
+def shard(net, how, device):
+    """Shard a network in place. Frozen ones keep a skeleton without weights, to make copies from: a sharded module cannot be copied itself."""
+    trained = any(p.requires_grad for p in net.parameters())
+    hollow = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in net.parameters()}
+    skeleton, parts = deepcopy(net, hollow), blocks(net)
+    inside = {p for block in parts for p in block.parameters()}
+    outside = set() if trained else set(net.parameters()) - inside
+    for block in parts:
+        fully_shard(block, **how)
+    fully_shard(net, **how, ignored_params=outside)
+    for t in (*outside, *net.buffers()):
+        if not t.is_meta:
+            t.data = t.data.to(device)
+    net.__dict__["sharded"] = (skeleton, how, device)
+    return net
+
+
+def materialise(net):
+    """Memory, without values, for the weights of a sharded network that has none."""
+    _, how, device = net.__dict__["sharded"]
+    host = "offload_policy" in how
+    return net._apply(lambda t: torch.empty_like(t, device="cpu" if host and isinstance(t, DTensor) else device) if t.is_meta else t)
+
+
+def receive(net, weights):
+    """Rank 0's whole weights {name: tensor} into a sharded network, of which the other ranks may not have had any."""
+    materialise(net)
+    set_model_state_dict(net, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+
+
+@torch.no_grad()
+def copy_of_shards(net):
+    skeleton, how, device = net.__dict__["sharded"]
+    twin = materialise(shard(deepcopy(skeleton).float().requires_grad_(True), how, device))
+    mine = {k.replace(".base_layer", ""): p for k, p in net.named_parameters() if ".lora_" not in k}
+    for name, p in twin.named_parameters():
+        put(p, mine[name])
+    return twin
+
+
+def whole(tensor):
+    """All of a tensor of which every rank may hold a part. Ranks call it together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def put(p, value):
+    """A value, whole or sharded alike, into a parameter that may be sharded."""
+    if isinstance(p, DTensor) and not isinstance(value, DTensor):
+        value = distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)   # each rank cuts out its own part
+    p.copy_(value)
 
 
 # ---------------------------------------------------------------------------------------------------- output and lock
@@ -375,13 +492,17 @@ def trained_state(net):
 
 
 def save_checkpoint(folder, facts, nets, optimizers, keep=2):
-    """Rank 0 writes FOLDER/STAGE-ITERATION: the trained weights of `nets`, the optimizers' moments; then prunes all but `keep`."""
-    if world()[0]:
-        return
+    """Rank 0 writes FOLDER/STAGE-ITERATION: the trained weights of `nets`, the optimizers' moments, all whole; then prunes all but `keep`."""
     files = {f"{name}.safetensors": trained_state(net) for name, net in nets.items()}
     for opt in optimizers:
         state = opt.adam.state_dict()["state"]
         files[f"optimizer_{opt.name}.safetensors"] = {f"{i}.{k}": v for i, s in state.items() for k, v in s.items()}
+    for tensors in files.values():
+        for k, v in tensors.items():
+            v = whole(v.detach())
+            tensors[k] = v.cpu() if world()[0] == 0 else None
+    if world()[0]:
+        return
     folder = Path(folder)
     folder.mkdir(exist_ok=True)
     path = folder / f"{facts['stage']}-{facts['global_iter']:08d}"
@@ -409,11 +530,15 @@ def load_checkpoint(path, facts, nets, optimizers):
     with torch.no_grad():
         for name, net in nets.items():
             for k, p in trained_state(net).items():
-                p.copy_(files[f"{name}.safetensors"][k])
+                put(p, files[f"{name}.safetensors"][k])
     for opt in optimizers:
         state = {}
         for k, v in files[f"optimizer_{opt.name}.safetensors"].items():
             i, what = k.split(".")
+            p = opt.params[int(i)]
+            if what != "step" and isinstance(p, DTensor):
+                put(moment := torch.zeros_like(p), v)
+                v = moment
             state.setdefault(int(i), {})[what] = v
         opt.adam.load_state_dict(dict(opt.adam.state_dict(), state=state))
     return found

@@ -29,9 +29,9 @@ from adm import Draws, adm, adp
 from discriminators import Taps, heads_for
 from ode import Schedule, both, sample
 from phased_dmd import generate, phased_dmd, split
-from plumbing import (Adam, Average, Failure, Lora, Output, StopSignal, autocast, barrier, checkpointing, contact_sheet, curves, full_copy, goodbye, grid,
-                      load_checkpoint, newest_checkpoint, open_tensors, quiet, read_prompts, run, save_checkpoint, start, usage, verify, world,
-                      write_folder)
+from plumbing import (Adam, Average, Failure, Lora, Output, StopSignal, autocast, barrier, broadcast, checkpointing, compiled, contact_sheet, curves, full_copy,
+                      goodbye, grid, load_checkpoint, newest_checkpoint, open_tensors, quiet, read_prompts, receive, run, save_checkpoint, shard, sharding,
+                      start, usage, verify, whole, world, write_folder)
 
 EMBEDDED = Path(__file__).parent / "teacher"
 SHARD = 256                                                     # pairs, or prompts, in a file
@@ -175,6 +175,9 @@ def parse(doc, pipelines, embedded):
     g.add_argument("--lora-alpha", type=float, help="strength of both, alpha/rank (default: the rank; Phased DMD 8)")
     g.add_argument("--bf16", action="store_true", help="bf16 arithmetic, frozen weights stored in bf16 (paper: yes, B.4)")
     g.add_argument("--grad-checkpointing", action="store_true", help="recompute activations in the backward pass (paper: yes, B.4)")
+    g.add_argument("--fsdp", action="store_true", help="with torchrun: every rank keeps a part of each network's weights, gradients and moments (paper: yes, B.4)")
+    g.add_argument("--cpu-offload", action="store_true", help="keep those parts, or on one GPU all of them, in host memory, and step there (paper: yes, B.4)")
+    g.add_argument("--compile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile each block")
     g = p.add_argument_group("watching")
     g.add_argument("--save-every", type=int, default=500)
     g.add_argument("--sample-every", type=int, default=500)
@@ -246,10 +249,11 @@ class Teacher:
     The text encoders are freed once the prompts are embedded."""
 
     def __init__(self, args, out, prompts, device, pipelines):
-        pipe = load_pipeline(args, pipelines)
+        self.how = sharding(args.fsdp, args.cpu_offload, args.bf16, device)
+        pipe = load_pipeline(args, pipelines, hollow=self.how and world()[0] > 0)
         self.family = pipelines[type(pipe).__name__]
         self.prompts, self.device, self.vae = prompts, device, pipe.vae.to(device)
-        self.net = (self.family.get("join") or (lambda pipe: getattr(pipe, self.family["network"])))(pipe).to(device)
+        self.net = (self.family.get("join") or (lambda pipe: getattr(pipe, self.family["network"])))(pipe)
         self.units = getattr(self.net, "units", [self.net])     # two where the teacher is two networks, noisier first: Wan2.2
         self.backbone = self.units[-1]                          # of the latent discriminator
         self.schedule = Schedule.from_diffusers(pipe.scheduler).to(device)
@@ -258,9 +262,21 @@ class Teacher:
         self.constant = self.family["constant"](pipe, self.shape, self.height, self.width)
         # what pairs and checkpoints are marked with: a hash of up to 2,000 values from each of the teacher's tensors
         some = [p.detach().flatten()[::1 + p.numel() // 1000] for p in self.net.parameters()]
-        self.mark = hashlib.sha256(torch.cat(some).cpu().numpy().tobytes()).hexdigest()[:16]
+        self.mark = broadcast(some[0].is_meta or hashlib.sha256(torch.cat(some).cpu().numpy().tobytes()).hexdigest()[:16])
         self.facts = dict(teacher=self.mark, prompts=hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16], shape=list(self.shape), text_tokens=args.text_tokens)
         self.embed(args, pipe, out)
+        if context(args) > 1:
+            self.family["parallel"](self.net, context(args))
+        if args.bf16:
+            self.net.to(torch.bfloat16), self.vae.to(torch.bfloat16)
+        for net in self.units:
+            if self.how:
+                weights = net.state_dict()
+                receive(shard(net, self.how, device), weights if world()[0] == 0 else {})
+            prepare(args, net.to(device) if not self.how else net, device)
+        autocast(self.vae, device, args.bf16, "decode")
+        if args.grad_checkpointing and self.family["last"]:     # ADP looks through it
+            checkpointing(self.vae)
 
     def part(self, rows):
         """Which of its units, counted from 0, the teacher would use at the last step of these rows."""
@@ -268,21 +284,24 @@ class Teacher:
 
     @torch.no_grad()
     def embed(self, args, pipe, out):
-        """prompts/: embeddings in shards, made by all ranks together, then read from the disk as they are needed."""
+        """prompts/: embeddings in shards, made by all ranks together (by rank 0, the only one with text encoders, of a sharded run), then
+        read from the disk as they are needed. The last shard is the empty prompt."""
         long = sum(len(pipe.tokenizer(p).input_ids) > pipe.tokenizer.model_max_length for p in self.prompts)
         if long and world()[0] == 0:
             print(f"warning: {long} of {len(self.prompts)} prompts are longer than {pipe.tokenizer.model_max_length} tokens and are cut there", file=sys.stderr)
-        (rank, ranks), n = world(), len(self.prompts)
-        pipe.to(self.device)
+        (rank, ranks), n = (world()[0], 1) if self.how else world(), len(self.prompts)
+        paths = [out.path / "prompts" / f"{k:05d}" for k in range(math.ceil(n / SHARD))] + [out.path / "prompts" / "empty"]
         encode = lambda prompts: self.family["encode"](pipe, prompts, self.height, self.width, self.device, **text_tokens(args))
-        for k in range(rank, math.ceil(n / SHARD), ranks):
-            path, parts = out.path / "prompts" / f"{k:05d}", range(k * SHARD, min((k + 1) * SHARD, n), 64)
-            if not path.exists():
-                conds = [encode(self.prompts[i:i + 64])[0] for i in parts]
-                write_folder(path, {"embeddings.safetensors": flat(reduce(both, conds))}, self.facts)
-        _, self.empty = encode(self.prompts[:1])
+        for k in range(rank, len(paths), ranks):
+            if not paths[k].exists() and not (self.how and rank):
+                for name, part in pipe.components.items():
+                    if name.startswith("text_encoder") and part is not None:
+                        part.to(self.device)
+                conds = [encode(self.prompts[i:i + 64])[0] for i in range(k * SHARD, min((k + 1) * SHARD, n), 64)] or [encode(self.prompts[:1])[1]]
+                write_folder(paths[k], {"embeddings.safetensors": flat(reduce(both, conds))}, self.facts)
         barrier()
-        self.shards = [open_tensors(out.path / "prompts" / f"{k:05d}", self.facts, "embeddings.safetensors") for k in range(math.ceil(n / SHARD))]
+        *self.shards, empty = [open_tensors(path, self.facts, "embeddings.safetensors") for path in paths]
+        self.empty = {name: empty.get_tensor(name).to(self.device) for name in empty.keys()}
 
     def cond(self, index):
         """LongTensor [B] of prompts -> the network's conditioning for that batch."""
@@ -291,7 +310,7 @@ class Teacher:
 
     def uncond(self, n):
         """The empty prompt, n times."""
-        return nested({name: value.expand(n, *value.shape[1:]) for name, value in flat(self.empty).items()}) | self.constant
+        return nested({name: value.expand(n, *value.shape[1:]) for name, value in self.empty.items()}) | self.constant
 
     def decode(self, x0):
         return self.family["decode"](self.vae, x0, self.drop)
@@ -345,13 +364,22 @@ def pipeline_config(path, folder):
         raise Failure(f"--model {path}: no such pipeline, here or on the hub; give a directory with a model_index.json, or a hub id") from e
 
 
-def load_pipeline(args, pipelines):
-    """The whole pipeline, frozen, in float32, on the host. Raises Failure if --model is none, or not a whole one."""
+def load_pipeline(args, pipelines, hollow=False):
+    """The whole pipeline, frozen, in float32, on the host. Raises Failure if --model is none, or not a whole one. hollow: for a rank that gets its part
+    of the weights from rank 0, without text encoders and with networks that have no weights."""
     quiet()                                                     # before the import, which has things to say
     import diffusers
     path = str(args.model or EMBEDDED)
     kind = pipeline_class(path, pipelines)
     without = {name: None for name in left_out(args, path, kind)}
+    if hollow:
+        from accelerate import init_empty_weights
+        with init_empty_weights():
+            for name, (_, part) in ((k, v) for k, v in pipeline_config(path, "").items() if isinstance(v, list) and v[0]):
+                if name.startswith("text_encoder"):
+                    without[name] = None
+                if name.startswith(pipelines[kind]["network"]):
+                    without[name] = getattr(diffusers, part).from_config(pipeline_config(path, name))
     try:
         pipe = getattr(diffusers, kind).from_pretrained(path, **without, **dict(add_watermarker=False) if "XL" in kind else {}).to(torch.float32)
     except (OSError, ValueError) as e:
@@ -360,6 +388,15 @@ def load_pipeline(args, pipelines):
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
     return pipe
+
+
+def prepare(args, net, device):
+    """What every network that runs gets, be it trained or not."""
+    if args.grad_checkpointing:
+        checkpointing(net)
+    if args.compile:
+        compiled(net, args.compile)
+    return autocast(net, device, args.bf16)
 
 
 def left_out(args, path, kind):
@@ -388,26 +425,25 @@ def trainable(args, teacher, name, rank, source=None):
         raise Failure(f"--lora-rank{'-fake' if 'fake' in name else ''} {rank}: this teacher is two networks, and what replaces both is trained fully; give 0")
     if rank:
         return Lora(source, name, rank, args.lora_alpha or rank, teacher.family["lora"])
-    net = full_copy(source).float().requires_grad_(True)
-    if args.grad_checkpointing:
-        checkpointing(net)
-    return autocast(net, teacher.device, args.bf16)
+    return prepare(args, full_copy(source).float().requires_grad_(True), teacher.device)
 
 
 # --------------------------------------------------------------------------------------------------------------- stages
 
 def collect_pairs(args, out, teacher, stop):
     """Stage `pairs`: shards of (x_T, x_0, prompt). A shard is a function of seed and index, so a killed stage goes on where it was."""
-    (rank, ranks), shards = world(), math.ceil(args.pairs / SHARD)
+    (rank, ranks), shards = (n // context(args) for n in world()), math.ceil(args.pairs / SHARD)
     sampler, facts = teacher.sampler(teacher.schedule.rows(args.pair_steps), args.pair_guidance, order=2), pair_facts(args, teacher)
-    for first in tqdm(range(0, shards, ranks), desc="pairs", unit="round", disable=rank > 0):
-        k = first + rank
-        path = out.path / "pairs" / f"{k:05d}"
-        if k < shards and not path.exists():
-            draws = Draws((args.seed, 0), 0, range(k * SHARD, min((k + 1) * SHARD, args.pairs)), teacher.shape)
+    for first in tqdm(range(0, shards, ranks), desc="pairs", unit="round", disable=world()[0] > 0):
+        paths, n = [out.path / "pairs" / f"{k:05d}" for k in range(first, min(first + ranks, shards))], min(SHARD, args.pairs - first * SHARD)
+        missing = broadcast([not path.exists() for path in paths])
+        if missing[rank:rank + 1] == [True] or any(missing) and (teacher.how or context(args) > 1):   # there every rank is needed for every pass
+            draws = Draws((args.seed, 0), 0, range((first + rank) * SHARD, (first + rank) * SHARD + n), teacher.shape)
             x_T, prompt = draws.normal(), draws.rows(0, len(teacher.prompts) - 1)
             x_0 = teacher.draw(sampler, x_T, prompt, 2 * args.batch_size)
-            write_folder(path, {"pairs.safetensors": dict(x_T=x_T, x_0=x_0, prompt=prompt)}, facts)
+            if missing[rank:rank + 1] == [True] and world()[0] % context(args) == 0:
+                n = min(n, args.pairs - (first + rank) * SHARD)
+                write_folder(paths[rank], {"pairs.safetensors": dict(x_T=x_T[:n], x_0=x_0[:n], prompt=prompt[:n])}, facts)
         if stop:                                                # asked of all ranks together
             return False
     return True
@@ -443,7 +479,12 @@ def micro_batches(args, teacher, stage, iteration):
 
 def latent_heads(args, teacher):
     one = torch.zeros(1, *teacher.shape, device=teacher.device)
-    return heads_for(teacher.backbone, one, args.head_channels, timestep=torch.zeros(1), **teacher.uncond(1)).to(teacher.device)
+    heads = heads_for(teacher.backbone, one, args.head_channels, timestep=torch.zeros(1), **teacher.uncond(1)).to(teacher.device)
+    return autocast(split_up(teacher, heads), teacher.device, args.bf16)
+
+
+def split_up(teacher, heads):
+    return shard(heads, teacher.how, teacher.device) if teacher.how else heads
 
 
 def run_adp(args, out, teacher, generator, average, facts, checkpoint, look, stop):
@@ -453,11 +494,11 @@ def run_adp(args, out, teacher, generator, average, facts, checkpoint, look, sto
     vision = autocast(load_vision_encoder(args.pixel_backbone, teacher.device), teacher.device, args.bf16)
     heads = latent_heads(args, teacher)
     pixel_heads = heads_for(vision, torch.zeros(1, 3, vision.config.image_size, vision.config.image_size), args.head_channels).to(teacher.device)
+    autocast(split_up(teacher, pixel_heads), teacher.device, args.bf16)
     optimizers = (Adam("generator", generator.parameters(), args.lr_generator_adp, args.clip),
                   Adam("latent heads", heads.parameters(), args.lr_discriminator, args.clip),
                   Adam("pixel heads", pixel_heads.parameters(), args.lr_discriminator, args.clip))
     nets = dict(average.both(), heads=heads, pixel_heads=pixel_heads)
-    autocast(heads, teacher.device, args.bf16), autocast(pixel_heads, teacher.device, args.bf16)
     begin = load_checkpoint(checkpoint, facts, nets, optimizers)["iteration"] if checkpoint else 0
 
     def batches(iteration):
@@ -480,7 +521,6 @@ def run_adm(args, out, teacher, generator, average, student_schedule, facts, che
                   Adam("fake score", fake_score.parameters(), args.lr_fake, args.clip),
                   Adam("latent heads", heads.parameters(), args.lr_discriminator, args.clip))
     nets = dict(average.both(), fake_score=fake_score, heads=heads)
-    autocast(heads, teacher.device, args.bf16)
     found = load_checkpoint(checkpoint, dict(facts, method=args.method), nets, optimizers) if checkpoint else dict(iteration=0, global_iter=0)
     rows = student_schedule.rows(args.steps)
     steps = adm(generator, fake_score, teacher.net, Taps(teacher.backbone), heads, optimizers, teacher.schedule, student_schedule,
@@ -571,16 +611,16 @@ def follow(args, out, stage, steps, begin, iterations, nets, optimizers, average
 
 # --------------------------------------------------------------------------------------------------------------- the end
 
-def export(args, out, teacher, experts, student_schedule, pipelines):
-    """export/: the student as a pipeline for stock diffusers, with the scheduler that does what the trainer did, and a model card.
+def export(args, out, teacher, experts, student_schedule, weights, pipelines):
+    """export/: the student as a pipeline for stock diffusers, with the scheduler that does what the trainer did, and a model card. weights: of the experts.
     Further experts lie beside the first (unet_2, ...) as Wan2.2's do; experts.json has their boundaries. LoRAs also go to lora/."""
     folder, network = out.path / "export", teacher.family["network"]
     pipe = load_pipeline(args, pipelines)                       # anew: the run freed its text encoders, and may have kept bf16
     students = []
-    for k, (net, rows) in enumerate(experts, 1):
-        whole = getattr(net, "units", None)
-        if whole:                                               # a student as the teacher is, of two networks
-            pipe.transformer.load_state_dict(whole[0].state_dict()), pipe.transformer_2.load_state_dict(whole[1].state_dict())
+    for k, ((net, rows), values) in enumerate(zip(experts, weights), 1):
+        if hasattr(net, "units"):                               # a student as the teacher is, of two networks
+            for part, module in (("high", pipe.transformer), ("low", pipe.transformer_2)):
+                module.load_state_dict({name.removeprefix(f"{part}."): v for name, v in values.items() if name.startswith(f"{part}.")})
             continue
         module = deepcopy(getattr(pipe, network + "_2" * teacher.part(rows)))
         if isinstance(net, Lora):                               # through the file that a user would load
@@ -590,7 +630,7 @@ def export(args, out, teacher, experts, student_schedule, pipelines):
             module.fuse_lora()
             module.unload_lora()
         else:
-            module.load_state_dict(net.state_dict())
+            module.load_state_dict(values)
         students.append(module)
     stop = [float(student_schedule.timestep[rows[-1]]) for _, rows in experts[:-1]]
     if students:
@@ -653,9 +693,10 @@ def examine(args, out, teacher, experts, student_schedule):
     drawn = dict(teacher=teacher.images(x_0[:half]), untrained=draw(teacher.sampler(teacher.schedule.rows(args.steps), args.pair_guidance)),
                  student=draw(student(args, experts, student_schedule)))
     table = {name: dict(accuracy=shapes.accuracy(images, captions), coverage_tv=shapes.coverage_tv(images, reference)) for name, images in drawn.items()}
-    print(f"\n{'':34s}caption accuracy   coverage TV   ({half} images each)")
-    for name, label in (("teacher", f"teacher, {args.pair_steps} steps with guidance"), ("untrained", f"teacher, {args.steps} step"), ("student", f"student, {args.steps} step")):
-        print(f"{label:34s}{table[name]['accuracy']:16.3f}{table[name]['coverage_tv']:14.3f}")
+    if world()[0] == 0:
+        print(f"\n{'':34s}caption accuracy   coverage TV   ({half} images each)")
+        for name, label in (("teacher", f"teacher, {args.pair_steps} steps with guidance"), ("untrained", f"teacher, {args.steps} step"), ("student", f"student, {args.steps} step")):
+            print(f"{label:34s}{table[name]['accuracy']:16.3f}{table[name]['coverage_tv']:14.3f}")
     return table
 
 
@@ -675,7 +716,7 @@ def pictures(args, out, teacher):
     rows = {}
 
     def look(file, experts, schedule):
-        if world()[0] and context(args) == 1:                   # ranks that share samples are all needed to draw one
+        if world()[0] and context(args) == 1 and not teacher.how:   # ranks that share samples, or weights, are all needed to draw one
             return
         draw = lambda sampler: teacher.images(teacher.draw(sampler, x_T, index, args.batch_size))
         if not rows:
@@ -691,7 +732,7 @@ def pictures(args, out, teacher):
 def main(doc, pipelines, embedded):
     args = parse(doc, pipelines, embedded)
     began, prompts = time.time(), read_prompts(args.prompts) if args.prompts else shapes.CAPTIONS
-    device = start()
+    device = start(alone=args.cpu_offload)
     if world()[1] % context(args):
         raise Failure(f"--context-parallel {context(args)}: {world()[1]} ranks do not divide into groups of that; start with another --nproc-per-node")
     out, stop = Output(args.out, args.resume), StopSignal()
@@ -705,17 +746,6 @@ def main(doc, pipelines, embedded):
     reached = checkpoint.name.split("-")[0] if checkpoint else None
 
     teacher = Teacher(args, out, prompts, device, pipelines)
-    if context(args) > 1:
-        teacher.family["parallel"](teacher.net, context(args))
-    if args.bf16:
-        teacher.net.to(torch.bfloat16), teacher.vae.to(torch.bfloat16)
-    for net in teacher.units:
-        autocast(net, device, args.bf16)
-    autocast(teacher.vae, device, args.bf16, "decode")
-    if args.grad_checkpointing:
-        checkpointing(teacher.net)
-        if teacher.family["last"]:                              # ADP looks through it
-            checkpointing(teacher.vae)
     look = pictures(args, out, teacher)
 
     adp_follows = args.method != "phased_dmd" and args.steps == 1 and args.stage == "all" and teacher.family["last"]
@@ -726,12 +756,15 @@ def main(doc, pipelines, embedded):
         return print("pairs is done; go on with --stage adp --resume auto")
     done = (run_phases if args.method == "phased_dmd" else run_dmdx)(args, out, teacher, checkpoint, reached, look, stop)
     samples = look("samples.png", *done) if done else None
-    if done and world()[0] == 0:
+    if not done:
+        return
+    table = examine(args, out, teacher, *done) if args.model is None and (teacher.how or world()[0] == 0) else {}
+    weights = [{} if isinstance(net, Lora) else {k: whole(v).cpu() for k, v in net.state_dict().items()} for net, _ in done[0]]
+    if world()[0] == 0:
         curves(out)
         shutil.rmtree(out.path / "samples", ignore_errors=True)   # of a run that was killed on these last lines
         write_folder(out.path / "samples", {"samples.safetensors": samples}, teacher.facts)
-        table = examine(args, out, teacher, *done) if args.model is None else {}
-        export(args, out, teacher, *done, pipelines)
+        export(args, out, teacher, *done, weights, pipelines)
         (out.path / "result.json").write_text(json.dumps(dict(seconds=time.time() - began, **table), indent=1))
         print(f"wrote {out.path}/export, samples.png, losses.png, result.json in {time.time() - began:.0f} s")
 

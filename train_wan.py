@@ -9,7 +9,7 @@ Two experts are exported as Wan2.2 keeps its own: transformer, transformer_2 and
 import torch
 import torch.nn as nn
 
-from plumbing import run
+from plumbing import any_rank, run
 from train_cogvideox import VIDEO, encode_cogvideox, video_problems
 from train_sdxl import ATTENTION, main, unipc
 
@@ -29,9 +29,11 @@ class ByNoise(nn.Module):
         high = timestep >= self.boundary                                          # [B]
         out = torch.zeros_like(x)
         for net, mine in ((self.high, high), (self.low, ~high)):
-            if mine.any():
-                part, = net(x[mine], timestep=timestep[mine], **{k: v[mine] for k, v in cond.items()}, return_dict=False)
-                out = out.index_put((mine.nonzero()[:, 0],), part.to(out.dtype))
+            count = mine.sum().item()
+            if count or ("sharded" in net.__dict__ and any_rank(count)):          # other ranks need this one's part of the weights:
+                i = mine.nonzero()[:, 0] if count else torch.zeros(1, dtype=torch.long, device=x.device)   # it goes along with a sample and adds nothing
+                part, = net(x[i], timestep=timestep[i], **{k: v[i] for k, v in cond.items()}, return_dict=False)
+                out = out.index_put((i,), part.to(out.dtype) * min(count, 1), accumulate=True)
         return (out,)
 
 
