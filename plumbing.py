@@ -87,7 +87,9 @@ def start(alone=False):
     """Join torchrun's process group if there is one -> this process's device. alone: make a group of one if there is none, for sharding."""
     cuda = torch.cuda.is_available()
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"          # gloo as well: offloaded tensors, and flags, are on the host
-    if "WORLD_SIZE" in os.environ:
+    if dist.is_initialized():
+        pass
+    elif "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend)
     elif alone:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -276,10 +278,11 @@ def full_copy(net):
 
 
 class Average:
-    """Exponential moving average of a generator's trained weights, as a network to sample from (decay 0: the generator itself)."""
+    """Exponential moving average of a generator's trained weights, as a network to sample from (decay 0: the generator itself).
+    prepare: what a copy of a network needs before it runs."""
 
-    def __init__(self, net, decay):
-        twin = (lambda: net.twin(f"{net.name}_average")) if isinstance(net, Lora) else lambda: full_copy(net)
+    def __init__(self, net, decay, prepare=lambda net: net):
+        twin = (lambda: net.twin(f"{net.name}_average")) if isinstance(net, Lora) else lambda: prepare(full_copy(net))
         self.source, self.decay, self.net = net, decay, twin() if decay else net
 
     def both(self):
@@ -315,8 +318,8 @@ def sharding(fsdp, offload, bf16, device):
     if not (fsdp or offload):
         return None
     ranks, node = world()[1], int(os.environ.get("LOCAL_WORLD_SIZE", world()[1]))
-    shape, names = ((ranks // node, node), ("replica", "shard")) if ranks > node else ((ranks,), ("shard",))
-    how = dict(mesh=dist.init_device_mesh(device.type, shape, mesh_dim_names=names), reshard_after_forward=True)
+    shape = (ranks // node, node) if ranks > node else (ranks,)
+    how = dict(mesh=dist.init_device_mesh(device.type, shape), reshard_after_forward=True)       # no names: peft takes a named dimension for tensor parallelism
     if offload:
         how["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     if bf16:                                                    # inputs stay as they are: timesteps above 256 are not all bf16 numbers

@@ -18,7 +18,7 @@ import shutil
 import sys
 import time
 from copy import deepcopy
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
@@ -267,14 +267,10 @@ class Teacher:
         self.embed(args, pipe, out)
         if context(args) > 1:
             self.family["parallel"](self.net, context(args))
-        if args.bf16:
-            self.net.to(torch.bfloat16), self.vae.to(torch.bfloat16)
         for net in self.units:
-            if self.how:
-                weights = net.state_dict()
-                receive(shard(net, self.how, device), weights if world()[0] == 0 else {})
-            prepare(args, net.to(device) if not self.how else net, device)
-        autocast(self.vae, device, args.bf16, "decode")
+            place(args, net, self.how, device)
+        if args.bf16:
+            autocast(self.vae.to(torch.bfloat16), device, True, "decode")
         if args.grad_checkpointing and self.family["last"]:     # ADP looks through it
             checkpointing(self.vae)
 
@@ -388,6 +384,18 @@ def load_pipeline(args, pipelines, hollow=False):
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
     return pipe
+
+
+def place(args, net, how, device):
+    """A frozen network to where it runs: whole on this device, or in shards over the ranks, from rank 0's weights."""
+    if args.bf16:
+        net.to(torch.bfloat16)
+    if how:
+        weights = net.state_dict() if world()[0] == 0 else {}
+        receive(shard(net, how, device), weights)
+    else:
+        net.to(device)
+    return prepare(args, net, device)
 
 
 def prepare(args, net, device):
@@ -532,8 +540,9 @@ def run_adm(args, out, teacher, generator, average, student_schedule, facts, che
 
 def run_dmdx(args, out, teacher, checkpoint, reached, look, stop):
     """ADP, then ADM or DMD -> ([(student, rows)], its schedule), or None if it was stopped early or ends before ADM."""
+    torch.manual_seed(args.seed)
     generator = trainable(args, teacher, "generator", args.lora_rank)
-    average = Average(generator, args.ema)
+    average = Average(generator, args.ema, partial(prepare, args, device=teacher.device))
     facts = dict(teacher.facts, steps=args.steps, lora_rank=args.lora_rank, seed=args.seed)
     if args.stage in ("all", "adp") and args.steps == 1 and teacher.family["last"] and reached != "adm":
         if not run_adp(args, out, teacher, generator, average, facts, checkpoint, look, stop):
@@ -562,7 +571,7 @@ def run_phases(args, out, teacher, checkpoint, reached, look, stop):
         stage, facts = f"phase{k}", dict(teacher.facts, steps=args.steps, phases=args.phases, lora_rank=args.lora_rank, seed=args.seed,
                                          method=args.method, weighting=args.weighting)
         generator = trainable(args, teacher, stage, args.lora_rank, teacher.units[teacher.part(phase)])
-        average = Average(generator, args.ema)
+        average = Average(generator, args.ema, partial(prepare, args, device=teacher.device))
         if reached in [f"phase{j}" for j in range(k + 1, args.phases + 1)]:               # finished before this run
             path = newest_checkpoint(out.path / "checkpoints", stage)
             if path is None or load_checkpoint(path, facts, average.both(), ())["iteration"] < args.iterations_phase:
@@ -732,7 +741,7 @@ def pictures(args, out, teacher):
 def main(doc, pipelines, embedded):
     args = parse(doc, pipelines, embedded)
     began, prompts = time.time(), read_prompts(args.prompts) if args.prompts else shapes.CAPTIONS
-    device = start(alone=args.cpu_offload)
+    device = start(alone=args.fsdp or args.cpu_offload)
     if world()[1] % context(args):
         raise Failure(f"--context-parallel {context(args)}: {world()[1]} ranks do not divide into groups of that; start with another --nproc-per-node")
     out, stop = Output(args.out, args.resume), StopSignal()

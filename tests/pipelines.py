@@ -39,15 +39,15 @@ def image_vae(channels, shift):
                          use_post_quant_conv=not shift, scaling_factor=1.5305 if shift else 0.13025, shift_factor=0.0609 if shift else None)
 
 
-def sd3(kind="medium", with_t5=True):
-    """kind: 'medium', '3.5-medium' (dual attention, normalised queries and keys) or '3.5-large' (38 blocks). 16x16 latents."""
+def sd3(kind="medium", with_t5=True, blocks=None):
+    """kind: 'medium', '3.5-medium' (dual attention, normalised queries and keys) or '3.5-large' (38 blocks). 16x16 latents. blocks: fewer than theirs."""
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
     torch.manual_seed(0)
     tok = clip_tokenizer()
     tok3, text3 = t5(32, 77) if with_t5 else (None, None)
     special = {"medium": {}, "3.5-medium": dict(qk_norm="rms_norm", dual_attention_layers=(0, 1)), "3.5-large": dict(qk_norm="rms_norm")}[kind]
     transformer = SD3Transformer2DModel(
-        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=38 if kind == "3.5-large" else 24, attention_head_dim=8,
+        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=blocks or (38 if kind == "3.5-large" else 24), attention_head_dim=8,
         num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32, pos_embed_max_size=16, **special)
     return StableDiffusion3Pipeline(
         transformer=transformer.eval(), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=image_vae(4, True).eval(), tokenizer=tok, tokenizer_2=tok,
