@@ -76,10 +76,15 @@ def five_iterations(tmp_path_factory):
     return folder
 
 
+def equal(one, two):
+    """Weights to 1e-5, but for one in a thousand: where a gradient is nothing but rounding (a bias before a normalisation), Adam gives it a full step."""
+    apart = torch.cat([(one[k] - two[k]).abs().flatten() for k in one])
+    assert (apart < 1e-5).float().mean() > 0.999, (apart.max(), (apart < 1e-5).float().mean())
+
+
 @pytest.mark.parametrize("flags", COMBINATIONS, ids=lambda flags: "+".join(flags) or "plain")
 def test_two_ranks_are_one(five_iterations, flags):
-    """Weights to 1e-5 and the last gradients, as the optimizers keep them. An Adam step has the gradient's sign whatever its size, so a weight whose
-    gradient is rounding (a bias before a normalisation) may go either way: those are held by their gradients alone."""
+    """The weights after five iterations, and the last gradients as the optimizers keep them."""
     name = "+".join(flags) or "plain"
     (before, one, gradient), (_, two, gradient_two) = (torch.load(five_iterations / f"{name} {ranks}.pt") for ranks in (1, 2))
     assert one.keys() == two.keys() and gradient.keys() == gradient_two.keys()
@@ -87,8 +92,7 @@ def test_two_ranks_are_one(five_iterations, flags):
     assert min(moved.values()) > 1e-4, moved
     for k, g in gradient.items():
         assert_close(gradient_two[k], g, rtol=1e-3, atol=1e-5, msg=lambda m: f"gradient {k}: {m}")
-    apart = torch.cat([(one[k] - two[k]).abs().flatten() for k in one])
-    assert (apart < 1e-5).float().mean() > 0.999, (apart.max(), (apart < 1e-5).float().mean())
+    equal(one, two)
 
 
 PROMPTS = ["a small red circle on green", "two dogs"]
@@ -117,16 +121,12 @@ def change_of_ranks(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["2 to 1", "1 to 2"])
 def test_resumed_on_another_number_of_ranks(change_of_ranks, name):
-    """Two iterations sharded over two ranks, two more on one, and the other way round: the weights of four on one rank, whole. (Not the biases of the
-    heads' convolutions: the normalisation behind them leaves a gradient of nothing but rounding, to which Adam gives full steps.)"""
+    """Two iterations sharded over two ranks, two more on one, and the other way round: the weights of four on one rank, whole."""
     a, b = (change_of_ranks[n].result() / "checkpoints" / "adm-00000004" for n in ("whole", name))
     assert sorted(f.name for f in a.iterdir()) == sorted(f.name for f in b.iterdir())
-    for file in a.glob("[!o]*.safetensors"):
-        one, two = load_file(file), load_file(b / file.name)
-        assert one.keys() == two.keys()
-        for k in one:
-            if not (file.stem == "heads" and k.endswith(("layers.1.bias", "layers.4.bias"))):
-                assert_close(two[k], one[k], rtol=0, atol=1e-5, msg=lambda m: f"{file.stem}.{k}: {m}")
+    one, two = ({f"{file.stem}.{k}": v for file in folder.glob("[!o]*.safetensors") for k, v in load_file(file).items()} for folder in (a, b))
+    assert one.keys() == two.keys() and {k.split(".")[0] for k in one} == {"generator", "average", "fake_score", "heads"}
+    equal(one, two)
 
 
 def test_a_sharded_students_export(change_of_ranks):
