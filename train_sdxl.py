@@ -177,6 +177,8 @@ def parse(doc, pipelines, embedded):
     g.add_argument("--grad-checkpointing", action="store_true", help="recompute activations in the backward pass (paper: yes, B.4)")
     g.add_argument("--fsdp", action="store_true", help="with torchrun: every rank keeps a part of each network's weights, gradients and moments (paper: yes, B.4)")
     g.add_argument("--cpu-offload", action="store_true", help="keep those parts, or on one GPU all of them, in host memory, and step there (paper: yes, B.4)")
+    g.add_argument("--dry-run", nargs="?", type=int, const=1, metavar="RANKS", help="print what ADM would take with these flags on that many GPUs, memory and "
+                   "arithmetic, and load no weights")
     g.add_argument("--compile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile each block")
     g = p.add_argument_group("watching")
     g.add_argument("--save-every", type=int, default=500)
@@ -228,7 +230,7 @@ def problems(args, unknown, embedded):
         wrong += [f"{flag('stage')}: Phased DMD has no such stage; leave the flag out"] * (args.stage in ("adp", "adm"))
         wrong += [f"{flag('phases')}: must divide --steps {args.steps}"] * (args.phases > 0 and args.steps % args.phases > 0)
     wrong += ["--model is needed: a local directory or hub id"] * (args.model is None and not embedded)
-    wrong += ["--prompts is needed with --model: a text file, one prompt a line"] * (args.model is not None and args.prompts is None)
+    wrong += ["--prompts is needed with --model: a text file, one prompt a line"] * (args.model is not None and args.prompts is None and not args.dry_run)
     wrong += [f"{flag('pairs')}: the embedded teacher's table needs at least 2"] * (args.model is None and args.pairs == 1)
     return wrong
 
@@ -250,7 +252,7 @@ class Teacher:
 
     def __init__(self, args, out, prompts, device, pipelines):
         self.how = sharding(args.fsdp, args.cpu_offload, args.bf16, device)
-        pipe = load_pipeline(args, pipelines, hollow=self.how and world()[0] > 0)
+        pipe = load_pipeline(args, pipelines, hollow="network" if self.how and world()[0] else "")
         self.family = pipelines[type(pipe).__name__]
         self.prompts, self.device, self.vae = prompts, device, pipe.vae.to(device)
         self.net = (self.family.get("join") or (lambda pipe: getattr(pipe, self.family["network"])))(pipe)
@@ -360,9 +362,9 @@ def pipeline_config(path, folder):
         raise Failure(f"--model {path}: no such pipeline, here or on the hub; give a directory with a model_index.json, or a hub id") from e
 
 
-def load_pipeline(args, pipelines, hollow=False):
-    """The whole pipeline, frozen, in float32, on the host. Raises Failure if --model is none, or not a whole one. hollow: for a rank that gets its part
-    of the weights from rank 0, without text encoders and with networks that have no weights."""
+def load_pipeline(args, pipelines, hollow=""):
+    """The whole pipeline, frozen, in float32, on the host. Raises Failure if --model is none, or not a whole one. hollow: no text encoders,
+    and no weights in the network (for a rank that gets its part from rank 0), or in anything ("all", for a dry run)."""
     quiet()                                                     # before the import, which has things to say
     import diffusers
     path = str(args.model or EMBEDDED)
@@ -374,7 +376,7 @@ def load_pipeline(args, pipelines, hollow=False):
             for name, (_, part) in ((k, v) for k, v in pipeline_config(path, "").items() if isinstance(v, list) and v[0]):
                 if name.startswith("text_encoder"):
                     without[name] = None
-                if name.startswith(pipelines[kind]["network"]):
+                if name.startswith(pipelines[kind]["network"]) or name == "vae" and hollow == "all":
                     without[name] = getattr(diffusers, part).from_config(pipeline_config(path, name))
     try:
         pipe = getattr(diffusers, kind).from_pretrained(path, **without, **dict(add_watermarker=False) if "XL" in kind else {}).to(torch.float32)
@@ -740,6 +742,10 @@ def pictures(args, out, teacher):
 
 def main(doc, pipelines, embedded):
     args = parse(doc, pipelines, embedded)
+    if args.dry_run:
+        from dry_run import report
+        pipe = load_pipeline(args, pipelines, hollow="all")
+        return report(args, pipe, pipelines[type(pipe).__name__], args.dry_run)
     began, prompts = time.time(), read_prompts(args.prompts) if args.prompts else shapes.CAPTIONS
     device = start(alone=args.fsdp or args.cpu_offload)
     if world()[1] % context(args):
