@@ -252,9 +252,9 @@ class Teacher:
         self.net = (self.family.get("join") or (lambda pipe: getattr(pipe, self.family["network"])))(pipe).to(device)
         self.units = getattr(self.net, "units", [self.net])     # two where the teacher is two networks, noisier first: Wan2.2
         self.backbone = self.units[-1]                          # of the latent discriminator
-        self.schedule = Schedule.from_diffusers(pipe.scheduler).to(device)
+        self.shape, self.height, self.width, self.layout = self.family["latent"](pipe, self.net, args)   # layout: what decode must know besides
+        self.schedule = self.family.get("schedule", lambda pipe, shape: Schedule.from_diffusers(pipe.scheduler))(pipe, self.shape).to(device)
         self.line = Schedule.straight(self.schedule.T, self.family["last"]).to(device)
-        self.shape, self.height, self.width, self.drop = self.family["latent"](pipe, self.net, args)
         self.constant = self.family["constant"](pipe, self.shape, self.height, self.width)
         # what pairs and checkpoints are marked with: a hash of up to 2,000 values from each of the teacher's tensors
         some = [p.detach().flatten()[::1 + p.numel() // 1000] for p in self.net.parameters()]
@@ -294,7 +294,7 @@ class Teacher:
         return nested({name: value.expand(n, *value.shape[1:]) for name, value in flat(self.empty).items()}) | self.constant
 
     def decode(self, x0):
-        return self.family["decode"](self.vae, x0, self.drop)
+        return self.family["decode"](self.vae, x0, self.layout)
 
     @torch.no_grad()
     def draw(self, sampler, x_T, index, batch):
@@ -607,7 +607,7 @@ def export(args, out, teacher, experts, student_schedule, pipelines):
     load = "".join(f", {name}=None" for name in left_out(args, path, kind))
     facts = dict(network=network, steps=lengths, switch=len(students) > 1, boundaries=stop, call=call)
     call.update({k: v for k, v in dict(height=args.height, width=args.width, num_frames=getattr(args, "frames", None)).items() if v})
-    call.update(text_tokens(args), guidance_scale=args.cfg_student or 0)
+    call.update(text_tokens(args), **teacher.family.get("unguided", dict(guidance_scale=args.cfg_student or 0)))
     if len(experts) > 1:
         (folder / "experts.json").write_text(json.dumps(facts, indent=1))
     (folder / "README.md").write_text(model_card(args, teacher, repr(str(folder)), load, kind, type(getattr(pipe, network)).__name__, facts))
@@ -669,7 +669,7 @@ def student(args, experts, schedule):
 
 def pictures(args, out, teacher):
     """-> look(file, experts, schedule): draw student beside teacher for eight fixed prompts and seeds, or two videos."""
-    count = 8 if len(teacher.shape) == 3 else 2
+    count = 2 if len(teacher.shape) == 4 else 8
     index = torch.arange(count) * 7 % len(teacher.prompts)
     x_T = Draws((args.seed, 4), 0, range(count), teacher.shape).normal()
     rows = {}

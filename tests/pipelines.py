@@ -85,3 +85,32 @@ def wan(kind="2.1"):
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
     two = dict(transformer_2=transformer(), boundary_ratio=0.875) if kind == "2.2" else dict(transformer_2=None)
     return WanPipeline(tokenizer=tok, text_encoder=text, vae=vae.eval(), scheduler=scheduler, transformer=transformer(), **two)
+
+
+def qwen_tokenizer():
+    """Byte-level, and every word of the pipeline's template is one token, as in the release: the pipeline drops the first 34."""
+    from transformers import Qwen2Tokenizer
+    words = ("system Describe Ġthe Ġimage Ġby Ġdetailing Ġcolor Ġshape Ġsize Ġtexture Ġquantity Ġtext Ġspatial Ġrelationships Ġof Ġobjects Ġand "
+             "Ġbackground user assistant").split()
+    merges = list(dict.fromkeys((word[:i], word[i]) for word in words for i in range(1, len(word))))
+    tokens = list(dict.fromkeys(["<|endoftext|>"] + sorted(ByteLevel.alphabet()) + [a + b for a, b in merges]))
+    return Qwen2Tokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=131072,
+                          additional_special_tokens=["<|im_start|>", "<|im_end|>"])
+
+
+def qwen(blocks=6):
+    """64x96 pixels must be asked for; in_channels are the VAE's 4, in patches of 2x2."""
+    from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    torch.manual_seed(0)
+    tok = qwen_tokenizer()
+    text = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
+        text_config=dict(vocab_size=len(tok), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                         bos_token_id=0, eos_token_id=0, rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[2, 1, 1])),
+        vision_config=dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=16, fullatt_block_indexes=[0])))
+    transformer = QwenImageTransformer2DModel(in_channels=16, out_channels=4, num_layers=blocks, attention_head_dim=8, num_attention_heads=2,
+                                              joint_attention_dim=16, axes_dims_rope=(2, 2, 4))
+    vae = AutoencoderKLQwenImage(base_dim=16, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.1, 0.9, 1.3, 1.0])
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, base_image_seq_len=256, max_image_seq_len=8192,
+                                                shift_terminal=0.02)
+    return QwenImagePipeline(tokenizer=tok, text_encoder=text.eval(), vae=vae.eval(), transformer=transformer.eval(), scheduler=scheduler)

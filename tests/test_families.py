@@ -1,8 +1,11 @@
 """Every family of the papers from the command line, on a small random pipeline of the true structure: train, stop, resume, export, and
 the stock pipeline draws what the trainer drew."""
+import importlib
 import json
 import signal
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +30,7 @@ FAMILIES = {
     "cogvideox-1.5": ("train_cogvideox.py", lambda: pipelines.cogvideox("1.5"), 14),
     "wan-2.1": ("train_wan.py", lambda: pipelines.wan("2.1"), 2),
     "wan-2.2": ("train_wan.py", lambda: pipelines.wan("2.2"), 2),
+    "qwen-image": ("train_qwen.py", lambda: pipelines.qwen(), 2),
 }
 
 
@@ -47,7 +51,7 @@ def family(tmp_path_factory):
 
 def start(family, name, out, *flags):
     script, folder, prompts = family(name)
-    size = "--height 32 --width 32 --frames 9".split() if name.startswith("wan") else []
+    size = {"wan": "--height 32 --width 32 --frames 9", "qwe": "--height 64 --width 96"}.get(name[:3], "").split()
     size += [] if name == "sd3-medium without T5" else ["--text-tokens", "16"]    # the pipelines' own 226 to 512 take most of the time
     return Run(ROOT / script, "--model", folder, "--prompts", prompts, "--out", out, *QUICK, *size, *flags)
 
@@ -70,6 +74,7 @@ VARIANTS = {
     "sd3, other sizes": ("sd3-medium", "--text-tokens", "7", "--height", "64", "--method", "dmd", "--steps", "2"),
     "the student under guidance": ("cogvideox-2b", "--cfg-student", "3", "--steps", "2"),
     "both of wan's networks, recomputed": ("wan-2.2", "--steps", "4", "--ema", "0.9", "--grad-checkpointing"),
+    "qwen, all weights, long prompts": ("qwen-image", "--lora-rank", "0", "--grad-checkpointing", "--steps", "3", "--text-tokens", "40"),
     "cogvideox by LoRA, other sizes": ("cogvideox-5b", "--lora-rank", "2", "--lora-rank-fake", "2", "--grad-checkpointing", "--steps", "2",
                                        "--frames", "5", "--width", "64")}
 
@@ -154,18 +159,42 @@ def test_two_networks_as_one():
     assert (out - wrong)[:2].abs().max() > 1e-6
 
 
+@pytest.mark.parametrize("height, width", [(1024, 1024), (928, 1664)])
+def test_qwens_steps_are_the_stock_schedulers(height, width):
+    """Stops, times and whole trajectories, with the shift that the pipeline finds for this many tokens, from the released configuration."""
+    import train_qwen
+    from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
+    from ode import sample
+    pipe = pipelines.qwen()
+    shape, *_ = train_qwen.latent_qwen(pipe, pipe.transformer, SimpleNamespace(height=height, width=width))
+    assert shape == (height * width // 256, 16)
+    schedule = train_qwen.schedule_qwen(pipe, shape)
+    net = lambda x, timestep, return_dict: ((x * timestep[:, None]).sin() + timestep[:, None],)
+    noise = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
+    for steps in (1, 4, 8, 50):
+        rows = schedule.rows(steps)
+        stock, call = train_qwen.schedulers_qwen(pipe.scheduler, False, rows)
+        stock.set_timesteps(call["num_inference_steps"], sigmas=call["sigmas"], mu=calculate_shift(shape[0], 256, 8192, 0.5, 0.9))
+        assert_close(schedule.sigma[rows], stock.sigmas.double(), rtol=0, atol=1e-6)
+        assert_close(schedule.timestep[rows[:-1]], stock.timesteps / 1000, rtol=0, atol=1e-6)
+        x = noise
+        for t in stock.timesteps:
+            x = stock.step(net(x, t.expand(2) / 1000, False)[0], t, x, return_dict=False)[0]
+        assert_close(sample(net, schedule, noise, rows, {}), x, rtol=0, atol=1e-5)
+
+
 def test_the_papers_values_are_each_models_defaults(family):
     """What --help cannot show: the family's own steps, rates and guidance, from its config."""
     import sys
 
-    import train_cogvideox
     import train_sdxl
-    expected = {"sd3-medium": (4, 1e-6, [6.0, 8.0], 64), "sd3.5-large": (4, 1e-8, [3.0, 4.0], 0), "cogvideox-2b": (8, 1e-7, [5.0, 7.0], 0)}
+    expected = {"sd3-medium": (4, 1e-6, [6.0, 8.0], 64), "sd3.5-large": (4, 1e-8, [3.0, 4.0], 0), "cogvideox-2b": (8, 1e-7, [5.0, 7.0], 0),
+                "qwen-image": (4, 1e-6, [4.0, 4.0], 64)}
     before = sys.argv
     for name, (steps, lr, guidance, rank) in expected.items():
         script, folder, prompts = family(name)
         sys.argv = [script, "--model", str(folder), "--prompts", str(prompts)]
-        rows = train_sdxl.PIPELINES if script == "train_sdxl.py" else train_cogvideox.PIPELINES
+        rows = importlib.import_module(Path(script).stem).PIPELINES
         args = train_sdxl.parse("", rows, embedded=False)
         assert (args.steps, args.lr_generator, args.guidance, args.lora_rank) == (steps, lr, guidance, rank), name
         sys.argv += ["--method", "phased_dmd"]
@@ -178,6 +207,8 @@ def test_bad_usage(family, tmp_path):
     failed(start(family, "wan-2.1", tmp_path / "out", "--method", "phased_dmd", "--phases", "4").wait(), 2, "--phases 4", "two experts")
     failed(start(family, "wan-2.2", tmp_path / "wan", "--lora-rank", "2", "--steps", "2").wait(), 1, "--lora-rank 2", "two networks")
     failed(start(family, "cogvideox-2b", tmp_path / "out", "--steps", "3", "--frames", "8", "--stage", "adp").wait(), 2, "--steps 3", "--frames 8", "--stage adp")
+    failed(start(family, "qwen-image", tmp_path / "out", "--cfg-student", "3", "--frames", "9", "--context-parallel", "2", "--text-tokens", "2000").wait(), 2,
+           "--cfg-student", "--frames", "--context-parallel", "--text-tokens 2000")
     failed(start(family, "sd3-medium", tmp_path / "out", "--height", "65").wait(), 2, "--height 65", "32")
     failed(Run(ROOT / "train_cogvideox.py", "--out", tmp_path / "out").wait(), 2, "--model")
     failed(Run(ROOT / "train_cogvideox.py", "--out", tmp_path / "out", "--model", family("sd3-medium")[1], "--prompts", family("sd3-medium")[2]).wait(), 1,
