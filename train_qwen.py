@@ -1,7 +1,7 @@
 """Distil Qwen-Image by Phased DMD, or by ADM: train_sdxl.py's stages on its family.
 
     python train_qwen.py --model Qwen/Qwen-Image --prompts prompts.txt --out out/qwen \\
-        --method phased_dmd --bf16 --grad-checkpointing --lora-rank-fake 64 --batch-size 1        # one GPU
+        --method phased_dmd --bf16 --grad-checkpointing --lora-rank-fake 64 --batch-size 1        # one GPU of 140 GB
     torchrun --nproc-per-node 8 train_qwen.py --model Qwen/Qwen-Image ... (the same flags)        # eight
     python train_qwen.py --model Qwen/Qwen-Image --lora-rank 64 --lora-rank-fake 64 ...           # ADM
 

@@ -39,31 +39,31 @@ def image_vae(channels, shift):
                          use_post_quant_conv=not shift, scaling_factor=1.5305 if shift else 0.13025, shift_factor=0.0609 if shift else None)
 
 
-def sd3(kind="medium", with_t5=True):
-    """kind: 'medium', '3.5-medium' (dual attention, normalised queries and keys) or '3.5-large' (38 blocks). 16x16 latents."""
+def sd3(kind="medium", with_t5=True, blocks=None):
+    """kind: 'medium', '3.5-medium' (dual attention, normalised queries and keys) or '3.5-large' (38 blocks, the others 24). 16x16 latents."""
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
     torch.manual_seed(0)
     tok = clip_tokenizer()
     tok3, text3 = t5(32, 77) if with_t5 else (None, None)
     special = {"medium": {}, "3.5-medium": dict(qk_norm="rms_norm", dual_attention_layers=(0, 1)), "3.5-large": dict(qk_norm="rms_norm")}[kind]
     transformer = SD3Transformer2DModel(
-        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=38 if kind == "3.5-large" else 24, attention_head_dim=8,
+        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=blocks or (38 if kind == "3.5-large" else 24), attention_head_dim=8,
         num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32, pos_embed_max_size=16, **special)
     return StableDiffusion3Pipeline(
         transformer=transformer.eval(), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=image_vae(4, True).eval(), tokenizer=tok, tokenizer_2=tok,
         tokenizer_3=tok3, text_encoder=clip_text(tok, 16, True).eval(), text_encoder_2=clip_text(tok, 16, True).eval(), text_encoder_3=text3)
 
 
-def cogvideox(kind="2b"):
+def cogvideox(kind="2b", blocks=None, heads=1, text_tokens=16):
     """kind: '2b' (30 blocks), '5b' (42, rotary embeddings) or '1.5' (42, rotary, pairs of latent frames). 32x32 pixels, 9 frames."""
     from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
     torch.manual_seed(0)
     tok, text = t5(16, 226)
-    special = {"2b": dict(num_layers=30), "5b": dict(num_layers=42, use_rotary_positional_embeddings=True),
-               "1.5": dict(num_layers=42, use_rotary_positional_embeddings=True, patch_size_t=2, patch_bias=False)}[kind]
+    special = {"2b": {}, "5b": dict(use_rotary_positional_embeddings=True),
+               "1.5": dict(use_rotary_positional_embeddings=True, patch_size_t=2, patch_bias=False)}[kind]
     transformer = CogVideoXTransformer3DModel(
-        num_attention_heads=1, attention_head_dim=16, in_channels=4, out_channels=4, text_embed_dim=16, time_embed_dim=8, max_text_seq_length=16,
-        sample_width=4, sample_height=4, sample_frames=9, **special)
+        num_layers=blocks or (30 if kind == "2b" else 42), num_attention_heads=heads, attention_head_dim=16, in_channels=4, out_channels=4,
+        text_embed_dim=16, time_embed_dim=8, max_text_seq_length=text_tokens, sample_width=4, sample_height=4, sample_frames=9, **special)
     vae = AutoencoderKLCogVideoX(block_out_channels=(8, 8, 8, 8), norm_num_groups=2, layers_per_block=1, latent_channels=4, sample_height=32,
                                  sample_width=32, down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4)
     scheduler = CogVideoXDDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
@@ -72,7 +72,7 @@ def cogvideox(kind="2b"):
     return CogVideoXPipeline(tokenizer=tok, text_encoder=text, vae=vae.eval(), transformer=transformer.eval(), scheduler=scheduler)
 
 
-def wan(kind="2.1"):
+def wan(kind="2.1", blocks=6):
     """kind: '2.1' or '2.2' (two transformers and a boundary). 32x32 pixels, 9 frames must be asked for."""
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
     from transformers import UMT5Config, UMT5EncoderModel
@@ -80,7 +80,7 @@ def wan(kind="2.1"):
     tok, _ = t5(16, 512)
     text = UMT5EncoderModel(UMT5Config(vocab_size=len(tok), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)).eval()
     transformer = lambda: WanTransformer3DModel(num_attention_heads=1, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=16,
-                                                ffn_dim=16, num_layers=6, rope_max_seq_len=32).eval()
+                                                ffn_dim=16, num_layers=blocks, rope_max_seq_len=32).eval()
     vae = AutoencoderKLWan(base_dim=16, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.1, 0.9, 1.3, 1.0])
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
     two = dict(transformer_2=transformer(), boundary_ratio=0.875) if kind == "2.2" else dict(transformer_2=None)
