@@ -74,7 +74,7 @@ PIPELINES = {
     "QwenImagePipeline": dict(                                  # for ADM the values of SD3-Medium, the paper's flow model by LoRA (choice)
         IMAGE, network="transformer", encode=encode_qwen, schedulers=schedulers_qwen, schedule=schedule_qwen, latent=latent_qwen, decode=decode_qwen,
         constant=lambda pipe, shape, height, width: dict(img_shapes=[[(1, *tokens(pipe, height, width))]]), last=None, problems=problems,
-        unguided=dict(true_cfg_scale=1.0),
+        unguided=dict(true_cfg_scale=1.0),                      # what the exported pipeline is called with in place of guidance_scale
         lora=[*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"],
         defaults=lambda config: dict(steps=4, lr_generator=1e-6, lora_rank=64, guidance=[4.0, 4.0], pair_guidance=4.0, pair_steps=50)),
 }

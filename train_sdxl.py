@@ -259,7 +259,8 @@ class Teacher:
         # what pairs and checkpoints are marked with: a hash of up to 2,000 values from each of the teacher's tensors
         some = [p.detach().flatten()[::1 + p.numel() // 1000] for p in self.net.parameters()]
         self.mark = hashlib.sha256(torch.cat(some).cpu().numpy().tobytes()).hexdigest()[:16]
-        self.facts = dict(teacher=self.mark, prompts=hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16], shape=list(self.shape), text_tokens=args.text_tokens)
+        self.facts = dict(teacher=self.mark, prompts=hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16], shape=list(self.shape), size=[self.height, self.width],
+                          text_tokens=args.text_tokens)
         self.embed(args, pipe, out)
 
     def part(self, rows):
