@@ -92,26 +92,29 @@ def whole(net, tokens):
     return net.whole(tokens) if hasattr(net, "whole") else tokens
 
 
-# class of the backbone -> (the modules to tap, what turns a module's output into a map; `x` is the backbone's input)
+# class of the backbone -> (the modules to tap, what turns a module's output into a map; `x` is the backbone's input, `cond` its other arguments)
 FAMILIES = {
     "UNet2DConditionModel": (                                   # the last ResNet of each block: 3 down, mid, 3 up for SDXL
         lambda net: [block.resnets[-1] for block in (*net.down_blocks, net.mid_block, *net.up_blocks)],
-        lambda net, x, out: out),
+        lambda net, x, out, cond: out),
     "SD3Transformer2DModel": (                                  # every block, which returns (text, image)
         lambda net: net.transformer_blocks,
-        lambda net, x, out: to_grid(out[1], *(n // net.config.patch_size for n in x.shape[2:]))),
+        lambda net, x, out, cond: to_grid(out[1], *(n // net.config.patch_size for n in x.shape[2:]))),
     "CogVideoXTransformer3DModel": (                            # every third block, which returns (video, text); x is [B,T,C,H,W]
         lambda net: net.transformer_blocks[2::3],
-        lambda net, x, out: to_grid(whole(net, out[0]), x.shape[1] // (net.config.patch_size_t or 1), *(n // net.config.patch_size for n in x.shape[3:]))),
+        lambda net, x, out, cond: to_grid(whole(net, out[0]), x.shape[1] // (net.config.patch_size_t or 1), *(n // net.config.patch_size for n in x.shape[3:]))),
     "WanTransformer3DModel": (                                  # every third block (choice); x is [B,C,T,H,W], patches are 1x2x2
         lambda net: net.blocks[2::3],
-        lambda net, x, out: to_grid(out, *(n // p for n, p in zip(x.shape[2:], net.config.patch_size)))),
+        lambda net, x, out, cond: to_grid(out, *(n // p for n, p in zip(x.shape[2:], net.config.patch_size)))),
+    "QwenImageTransformer2DModel": (                            # every third block (choice), which returns (text, image); x is tokens [B,h*w,C]
+        lambda net: net.transformer_blocks[2::3],
+        lambda net, x, out, cond: to_grid(out[1], *cond["img_shapes"][0][0][1:])),
     "SamVisionModel": (                                         # channels last
         lambda net: quarters(net.vision_encoder.layers),
-        lambda net, x, out: out.permute(0, 3, 1, 2)),
+        lambda net, x, out, cond: out.permute(0, 3, 1, 2)),
     "Dinov2Model": (                                            # the first token is CLS
         lambda net: quarters(net.encoder.layer),
-        lambda net, x, out: to_grid(out[:, 1:], *(n // net.config.patch_size for n in x.shape[2:]))),
+        lambda net, x, out, cond: to_grid(out[:, 1:], *(n // net.config.patch_size for n in x.shape[2:]))),
 }
 
 
@@ -144,7 +147,7 @@ class Taps(nn.Module):
         x = self.see(x) if self.is_vision else x
         maps = []                                               # contiguous: torch 2.13's channels-last GroupNorm crashes on the CPU
         hooks = [module.register_forward_hook(                  # in the backward of detached features
-            lambda _, args, out: maps.append(self.to_map(self.net, x, out).contiguous()))
+            lambda _, args, out: maps.append(self.to_map(self.net, x, out, kwargs).contiguous()))
                  for module in self.modules_of(self.net)]
         try:
             self.net(x, **kwargs, return_dict=False)
@@ -172,7 +175,7 @@ def heads_for(net, x, hidden=256, blocks=2, **kwargs):
 
 def released():
     """Name -> (meta-device backbone, x, its other arguments) from the configurations of the released models."""
-    from diffusers import CogVideoXTransformer3DModel, SD3Transformer2DModel, UNet2DConditionModel
+    from diffusers import CogVideoXTransformer3DModel, QwenImageTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
     from transformers import Dinov2Config, Dinov2Model, SamVisionConfig, SamVisionModel
     t = torch.zeros(1)
     sd3 = lambda **k: (SD3Transformer2DModel(sample_size=128, patch_size=2, in_channels=16, out_channels=16, attention_head_dim=64,
@@ -195,6 +198,9 @@ def released():
         "SD3.5-Large": sd3(num_layers=38, num_attention_heads=38, caption_projection_dim=2432, pos_embed_max_size=192, qk_norm="rms_norm"),
         "CogVideoX-2b": video(False, num_attention_heads=30, num_layers=30),
         "CogVideoX-5b": video(True, num_attention_heads=48, num_layers=42),
+        "Qwen-Image": (QwenImageTransformer2DModel(), torch.zeros(1, 4096, 64), dict(
+            timestep=t, encoder_hidden_states=torch.zeros(1, 512, 3584), encoder_hidden_states_mask=torch.ones(1, 512, dtype=torch.long),
+            img_shapes=[[(1, 64, 64)]])),
         "SAM ViT-B": (SamVisionModel(SamVisionConfig()), torch.zeros(1, 3, 1024, 1024), {}),
         "DINOv2-B": (Dinov2Model(Dinov2Config(image_size=518, patch_size=14)), torch.zeros(1, 3, 518, 518), {}),
     }

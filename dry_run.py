@@ -16,6 +16,7 @@ PROMPT = {
                                                     pooled_projections=(c.pooled_projection_dim,)),
     "CogVideoXTransformer3DModel": lambda c, tokens: dict(encoder_hidden_states=(tokens or c.max_text_seq_length, c.text_embed_dim)),
     "WanTransformer3DModel": lambda c, tokens: dict(encoder_hidden_states=(tokens or 512, c.text_dim)),
+    "QwenImageTransformer2DModel": lambda c, tokens: dict(encoder_hidden_states=(tokens or 512, c.joint_attention_dim), encoder_hidden_states_mask=(tokens or 512,)),
 }
 
 
@@ -110,8 +111,7 @@ def report(args, pipe, family, ranks):
     size = sum(p.numel() for p in net.parameters()) * (1 + two)
     largest = max((sum(p.numel() for p in b.parameters()) for b in blocks(net)), default=size)
     outside = size - sum(p.numel() for b in blocks(net) for p in b.parameters()) * (1 + two)
-    constant = {k: tuple(v.to("meta") for v in value) if isinstance(value, tuple) else value
-                for k, value in family["constant"](pipe, shape, height, width).items()}
+    constant = {k: tuple(v.to("meta") for v in value) if isinstance(value, tuple) else value for k, value in family["constant"](pipe, shape, height, width).items()}
     cond = prompt(net, args.batch_size, tokens=args.text_tokens, dtype=dtype)
     x, t = torch.zeros(args.batch_size, *shape, device="meta", dtype=dtype), torch.zeros(args.batch_size, device="meta")
     heads = heads_for(net, x[:1].float(), args.head_channels, timestep=t[:1], **prompt(net, 1, tokens=args.text_tokens), **constant).to("meta", dtype)

@@ -36,7 +36,7 @@ def rotary(pipe, shape, height, width):
     """What the network is told besides the prompt, the same for every sample: 5b's and 1.5's rotary embeddings."""
     if not pipe.transformer.config.use_rotary_positional_embeddings:
         return {}
-    return dict(image_rotary_emb=pipe._prepare_rotary_positional_embeddings(height, width, shape[0], pipe.transformer.device))
+    return dict(image_rotary_emb=pipe._prepare_rotary_positional_embeddings(height, width, shape[0], "cpu"))
 
 
 def decode_video(vae, x0, drop):

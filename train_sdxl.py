@@ -258,14 +258,15 @@ class Teacher:
         self.net = (self.family.get("join") or (lambda pipe: getattr(pipe, self.family["network"])))(pipe)
         self.units = getattr(self.net, "units", [self.net])     # two where the teacher is two networks, noisier first: Wan2.2
         self.backbone = self.units[-1]                          # of the latent discriminator
-        self.schedule = Schedule.from_diffusers(pipe.scheduler).to(device)
+        self.shape, self.height, self.width, self.layout = self.family["latent"](pipe, self.net, args)   # layout: what decode must know besides
+        self.schedule = self.family.get("schedule", lambda pipe, shape: Schedule.from_diffusers(pipe.scheduler))(pipe, self.shape).to(device)
         self.line = Schedule.straight(self.schedule.T, self.family["last"]).to(device)
-        self.shape, self.height, self.width, self.drop = self.family["latent"](pipe, self.net, args)
-        self.constant = self.family["constant"](pipe, self.shape, self.height, self.width)
+        self.constant = on(device, self.family["constant"](pipe, self.shape, self.height, self.width))
         # what pairs and checkpoints are marked with: a hash of up to 2,000 values from each of the teacher's tensors
         some = [p.detach().flatten()[::1 + p.numel() // 1000] for p in self.net.parameters()]
         self.mark = broadcast(some[0].is_meta or hashlib.sha256(torch.cat(some).cpu().numpy().tobytes()).hexdigest()[:16])
-        self.facts = dict(teacher=self.mark, prompts=hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16], shape=list(self.shape), text_tokens=args.text_tokens)
+        self.facts = dict(teacher=self.mark, prompts=hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16], shape=list(self.shape), size=[self.height, self.width],
+                          text_tokens=args.text_tokens)
         self.embed(args, pipe, out)
         if context(args) > 1:
             self.family["parallel"](self.net, context(args))
@@ -311,7 +312,7 @@ class Teacher:
         return nested({name: value.expand(n, *value.shape[1:]) for name, value in self.empty.items()}) | self.constant
 
     def decode(self, x0):
-        return self.family["decode"](self.vae, x0, self.drop)
+        return self.family["decode"](self.vae, x0, self.layout)
 
     @torch.no_grad()
     def draw(self, sampler, x_T, index, batch):
@@ -326,6 +327,11 @@ class Teacher:
     @torch.no_grad()
     def images(self, x0, batch=8):
         return torch.cat([self.decode(x.to(self.device)).cpu() for x in x0.split(batch)])
+
+
+def on(device, constant):
+    """Tensors, and tuples of them, moved; what is neither is left."""
+    return {k: v.to(device) if torch.is_tensor(v) else tuple(u.to(device) for u in v) if isinstance(v, tuple) else v for k, v in constant.items()}
 
 
 def flat(cond, prefix=""):
@@ -658,7 +664,7 @@ def export(args, out, teacher, experts, student_schedule, weights, pipelines):
     load = "".join(f", {name}=None" for name in left_out(args, path, kind))
     facts = dict(network=network, steps=lengths, switch=len(students) > 1, boundaries=stop, call=call)
     call.update({k: v for k, v in dict(height=args.height, width=args.width, num_frames=getattr(args, "frames", None)).items() if v})
-    call.update(text_tokens(args), guidance_scale=args.cfg_student or 0)
+    call.update(text_tokens(args), **teacher.family.get("unguided", dict(guidance_scale=args.cfg_student or 0)))
     if len(experts) > 1:
         (folder / "experts.json").write_text(json.dumps(facts, indent=1))
     (folder / "README.md").write_text(model_card(args, teacher, repr(str(folder)), load, kind, type(getattr(pipe, network)).__name__, facts))
@@ -721,7 +727,7 @@ def student(args, experts, schedule):
 
 def pictures(args, out, teacher):
     """-> look(file, experts, schedule): draw student beside teacher for eight fixed prompts and seeds, or two videos."""
-    count = 8 if len(teacher.shape) == 3 else 2
+    count = 2 if len(teacher.shape) == 4 else 8
     index = torch.arange(count) * 7 % len(teacher.prompts)
     x_T = Draws((args.seed, 4), 0, range(count), teacher.shape).normal()
     rows = {}

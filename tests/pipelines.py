@@ -54,16 +54,16 @@ def sd3(kind="medium", with_t5=True, blocks=None):
         tokenizer_3=tok3, text_encoder=clip_text(tok, 16, True).eval(), text_encoder_2=clip_text(tok, 16, True).eval(), text_encoder_3=text3)
 
 
-def cogvideox(kind="2b"):
+def cogvideox(kind="2b", blocks=None, heads=1, text_tokens=16):
     """kind: '2b' (30 blocks), '5b' (42, rotary embeddings) or '1.5' (42, rotary, pairs of latent frames). 32x32 pixels, 9 frames."""
     from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
     torch.manual_seed(0)
     tok, text = t5(16, 226)
-    special = {"2b": dict(num_layers=30), "5b": dict(num_layers=42, use_rotary_positional_embeddings=True),
-               "1.5": dict(num_layers=42, use_rotary_positional_embeddings=True, patch_size_t=2, patch_bias=False)}[kind]
+    special = {"2b": {}, "5b": dict(use_rotary_positional_embeddings=True),
+               "1.5": dict(use_rotary_positional_embeddings=True, patch_size_t=2, patch_bias=False)}[kind]
     transformer = CogVideoXTransformer3DModel(
-        num_attention_heads=1, attention_head_dim=16, in_channels=4, out_channels=4, text_embed_dim=16, time_embed_dim=8, max_text_seq_length=16,
-        sample_width=4, sample_height=4, sample_frames=9, **special)
+        num_layers=blocks or (30 if kind == "2b" else 42), num_attention_heads=heads, attention_head_dim=16, in_channels=4, out_channels=4,
+        text_embed_dim=16, time_embed_dim=8, max_text_seq_length=text_tokens, sample_width=4, sample_height=4, sample_frames=9, **special)
     vae = AutoencoderKLCogVideoX(block_out_channels=(8, 8, 8, 8), norm_num_groups=2, layers_per_block=1, latent_channels=4, sample_height=32,
                                  sample_width=32, down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4)
     scheduler = CogVideoXDDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
@@ -72,7 +72,7 @@ def cogvideox(kind="2b"):
     return CogVideoXPipeline(tokenizer=tok, text_encoder=text, vae=vae.eval(), transformer=transformer.eval(), scheduler=scheduler)
 
 
-def wan(kind="2.1"):
+def wan(kind="2.1", blocks=6):
     """kind: '2.1' or '2.2' (two transformers and a boundary). 32x32 pixels, 9 frames must be asked for."""
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
     from transformers import UMT5Config, UMT5EncoderModel
@@ -80,8 +80,37 @@ def wan(kind="2.1"):
     tok, _ = t5(16, 512)
     text = UMT5EncoderModel(UMT5Config(vocab_size=len(tok), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)).eval()
     transformer = lambda: WanTransformer3DModel(num_attention_heads=1, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=16,
-                                                ffn_dim=16, num_layers=6, rope_max_seq_len=32).eval()
+                                                ffn_dim=16, num_layers=blocks, rope_max_seq_len=32).eval()
     vae = AutoencoderKLWan(base_dim=16, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.1, 0.9, 1.3, 1.0])
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
     two = dict(transformer_2=transformer(), boundary_ratio=0.875) if kind == "2.2" else dict(transformer_2=None)
     return WanPipeline(tokenizer=tok, text_encoder=text, vae=vae.eval(), scheduler=scheduler, transformer=transformer(), **two)
+
+
+def qwen_tokenizer():
+    """Byte-level, and every word of the pipeline's template is one token, as in the release: the pipeline drops the first 34."""
+    from transformers import Qwen2Tokenizer
+    words = ("system Describe Ġthe Ġimage Ġby Ġdetailing Ġcolor Ġshape Ġsize Ġtexture Ġquantity Ġtext Ġspatial Ġrelationships Ġof Ġobjects Ġand "
+             "Ġbackground user assistant").split()
+    merges = list(dict.fromkeys((word[:i], word[i]) for word in words for i in range(1, len(word))))
+    tokens = list(dict.fromkeys(["<|endoftext|>"] + sorted(ByteLevel.alphabet()) + [a + b for a, b in merges]))
+    return Qwen2Tokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=131072,
+                          additional_special_tokens=["<|im_start|>", "<|im_end|>"])
+
+
+def qwen(blocks=6):
+    """64x96 pixels must be asked for; in_channels are the VAE's 4, in patches of 2x2."""
+    from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    torch.manual_seed(0)
+    tok = qwen_tokenizer()
+    text = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
+        text_config=dict(vocab_size=len(tok), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                         bos_token_id=0, eos_token_id=0, rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[2, 1, 1])),
+        vision_config=dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=16, fullatt_block_indexes=[0])))
+    transformer = QwenImageTransformer2DModel(in_channels=16, out_channels=4, num_layers=blocks, attention_head_dim=8, num_attention_heads=2,
+                                              joint_attention_dim=16, axes_dims_rope=(2, 2, 4))
+    vae = AutoencoderKLQwenImage(base_dim=16, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.1, 0.9, 1.3, 1.0])
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, base_image_seq_len=256, max_image_seq_len=8192,
+                                                shift_terminal=0.02)
+    return QwenImagePipeline(tokenizer=tok, text_encoder=text.eval(), vae=vae.eval(), transformer=transformer.eval(), scheduler=scheduler)

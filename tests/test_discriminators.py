@@ -1,7 +1,7 @@
 """discriminators.py: the right features in the right order, gradients where they belong, heads that never go silent."""
 import pytest
 import torch
-from diffusers import CogVideoXTransformer3DModel, SD3Transformer2DModel
+from diffusers import CogVideoXTransformer3DModel, QwenImagePipeline, QwenImageTransformer2DModel, SD3Transformer2DModel
 from torch import nn
 from torch.testing import assert_close
 from transformers import Dinov2Config, Dinov2Model, SamVisionConfig, SamVisionModel
@@ -48,7 +48,15 @@ def dinov2():
     return net, torch.randn(BATCH, 3, 28, 28), {}
 
 
-FAMILIES = dict(sdxl=sdxl, sd3=sd3, cogvideox=cogvideox, sam=sam, dinov2=dinov2)
+def qwen():
+    """Tokens of 6x8 latents; the last two text tokens of the first sample are padding."""
+    net = QwenImageTransformer2DModel(in_channels=16, out_channels=4, num_layers=6, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=16,
+                                      axes_dims_rope=(4, 6, 6))
+    return net, torch.randn(BATCH, 12, 16), dict(timestep=torch.full((BATCH,), 0.5), encoder_hidden_states=torch.randn(BATCH, 5, 16),
+                                                 encoder_hidden_states_mask=torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool(), img_shapes=[[(1, 3, 4)]])
+
+
+FAMILIES = dict(sdxl=sdxl, sd3=sd3, cogvideox=cogvideox, qwen=qwen, sam=sam, dinov2=dinov2)
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -79,6 +87,7 @@ def models():
     ("SD3.5-Large", 8057, [(2432, 64, 64)] * 38),
     ("CogVideoX-2b", 1694, [(1920, 13, 30, 45)] * 10),
     ("CogVideoX-5b", 5570, [(3072, 13, 30, 45)] * 14),
+    ("Qwen-Image", 20430, [(3072, 64, 64)] * 20),
     ("SAM ViT-B", 89.67, [(768, 64, 64)] * 4),
     ("DINOv2-B", 86.58, [(768, 37, 37)] * 4)])
 def test_released_models_have_the_published_size_and_the_papers_taps(models, name, millions, maps):
@@ -94,6 +103,7 @@ def test_released_models_have_the_published_size_and_the_papers_taps(models, nam
               "up_blocks.0.resnets.2", "up_blocks.1.resnets.2", "up_blocks.2.resnets.2"]),
     ("SD3.5-Large", [f"transformer_blocks.{k}" for k in range(38)]),
     ("CogVideoX-2b", [f"transformer_blocks.{k}" for k in range(2, 30, 3)]),
+    ("Qwen-Image", [f"transformer_blocks.{k}" for k in range(2, 60, 3)]),
     ("SAM ViT-B", [f"vision_encoder.layers.{k}" for k in (2, 5, 8, 11)]),
     ("DINOv2-B", [f"encoder.layer.{k}" for k in (2, 5, 8, 11)])])
 def test_the_papers_modules_are_tapped(models, name, expected):
@@ -103,19 +113,23 @@ def test_the_papers_modules_are_tapped(models, name, expected):
     assert [names[module] for module in Taps(net).modules_of(net)] == expected
 
 
-@pytest.mark.parametrize("family, patch", [("sd3", (2, 2)), ("cogvideox", (1, 2, 2)), (lambda: cogvideox(2, 4), (2, 2, 2)),
-                                           ("sam", (4, 4)), ("dinov2", (7, 7))], ids=["sd3", "cogvideox", "cogvideox-1.5", "sam", "dinov2"])
+@pytest.mark.parametrize("family, patch", [("sd3", (2, 2)), ("cogvideox", (1, 2, 2)), (lambda: cogvideox(2, 4), (2, 2, 2)), ("qwen", (2, 2)),
+                                           ("sam", (4, 4)), ("dinov2", (7, 7))], ids=["sd3", "cogvideox", "cogvideox-1.5", "qwen", "sam", "dinov2"])
 def test_each_feature_sits_where_its_patch_is(family, patch):
     """Change one patch of the input: of the first tap's features, those of the same place must change most by far. Every place is tried."""
     net, x, kwargs = build(family)
     video = len(patch) == 3
+    if family == "qwen":                                        # packed by the pipeline itself
+        x = QwenImagePipeline._unpack_latents(x, 48, 64, 8)[:, :, 0]
     grid = [n // p for n, p in zip([x.shape[1], *x.shape[3:]] if video else x.shape[2:], patch)]
     places = torch.cartesian_prod(*map(torch.arange, grid))                       # [P,2] or [P,3]
     batch = x[:1].repeat(len(places) + 1, *[1] * (x.dim() - 1))                   # the last one stays as it is
     for one, place in zip(batch, places.tolist()):
         *time, rows, columns = [slice(k * p, (k + 1) * p) for k, p in zip(place, patch)]
         one[(*time, slice(None), rows, columns)] += torch.randn_like(one[(*time, slice(None), rows, columns)])
-    repeat = lambda v: tuple(v) if isinstance(v, tuple) else v if v is None else v[:1].repeat(len(batch), *[1] * (v.dim() - 1))
+    if family == "qwen":
+        batch = QwenImagePipeline._pack_latents(batch, *batch.shape)
+    repeat = lambda v: v if isinstance(v, (tuple, list)) else v if v is None else v[:1].repeat(len(batch), *[1] * (v.dim() - 1))
     with torch.no_grad():
         features = Taps(net)(batch, **{k: repeat(v) for k, v in kwargs.items()})[0]
     assert list(features.shape[2:]) == grid
@@ -202,7 +216,7 @@ def test_hooks_are_removed_when_the_net_raises():
     assert len(taps(x, **kwargs)) == 7
 
 
-@pytest.mark.parametrize("family", ["sdxl", "sd3", "cogvideox"])
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "cogvideox", "qwen"])
 def test_gradient_checkpointing_changes_nothing(family):
     net, x, kwargs = build(family)
     taps, calls = Taps(net), []
