@@ -180,7 +180,7 @@ def parse(doc, pipelines, embedded):
     g.add_argument("--save-every", type=int, default=500)
     g.add_argument("--sample-every", type=int, default=500)
 
-    argv, known = [w for w in sys.argv[1:] if not w.endswith("--")], None         # argparse takes --flag=-- for an empty list
+    argv, known = [w for w in sys.argv[1:] if w != "--" and not w.endswith("=--")], None   # argparse takes --flag=-- for an empty list
     wrong = [f"{w}: neither a flag nor a value" for w in sys.argv[1:] if w not in argv]
     while known is None:
         try:
