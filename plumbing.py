@@ -10,15 +10,16 @@ import signal
 import sys
 import textwrap
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy, deepcopy
+from importlib.metadata import version
 from pathlib import Path
 from types import MethodType
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -32,23 +33,41 @@ class Failure(Exception):
     """Something a user can mend, said in one line that names the file, flag or value and the cure."""
 
 
+class NotFinite(Failure):
+    """The same, of a gradient; raised on every rank, in one iteration."""
+
+
 def usage(problems):
     """Bad usage: everything that is wrong, on one line, exit code 2."""
-    print(f"{Path(sys.argv[0]).name}: error: " + "; ".join(problems), file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{Path(sys.argv[0]).name}: error: " + " ".join("; ".join(problems).splitlines()), file=sys.stderr)
     raise SystemExit(2)
 
 
-def run(main):
-    """Call main; a Failure or a full disk ends in one line and exit code 1 instead of a traceback."""
+def first_to_fail():
+    """Of several ranks only this one speaks; the others' collectives fail because it left, or they stopped for the same reason."""
     try:
-        main()
-    except Failure as e:
-        raise SystemExit(f"{Path(sys.argv[0]).name}: {e}")
+        return not dist.is_initialized() or dist.distributed_c10d._get_default_store().add("failed", 1) == 1
+    except RuntimeError:                                        # the store was rank 0's, which left with a message
+        return False
+
+
+def run(main):
+    """Call main; a Failure or a full disk ends in one line, of one rank, and exit code 1 instead of a traceback."""
+    try:
+        return main()
     except KeyboardInterrupt:
-        raise SystemExit(f"{Path(sys.argv[0]).name}: stopped at once; checkpoints already written are whole")
+        line, first = "stopped at once; checkpoints already written are whole", first_to_fail()
+    except Exception as e:
+        line, first = " ".join(str(e).splitlines()), first_to_fail()
+        if "No space left" in line:                             # safetensors says it in an error of its own
+            line += "; free some space, then --resume auto"
+        elif first and not isinstance(e, Failure):
+            raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    raise SystemExit(f"\n{Path(sys.argv[0]).name}: {line}" if first else 1)       # below a progress bar
 
 
 def read_prompts(path):
@@ -75,11 +94,11 @@ def world():
 
 
 def quiet():
-    """Libraries speak only of errors from here on."""
+    """Libraries raise their errors from here on, and say nothing besides."""
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
     for library in (of_diffusers, of_transformers):
-        library.set_verbosity_error()
+        library.set_verbosity(library.CRITICAL)
         library.disable_progress_bar()
 
 
@@ -120,6 +139,14 @@ def any_rank(flag):
     return bool(flag)
 
 
+def gather(values):
+    """The ranks' lists as one, on every rank."""
+    lists = [values] * world()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(lists, values)
+    return sum(lists, [])
+
+
 def goodbye(out):
     print(f"stopped; everything is in {out.path}; go on with --resume auto")
 
@@ -136,7 +163,7 @@ class StopSignal:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        print("\nstopping after this iteration; once more to stop at once", file=sys.stderr)
+        os.write(2, b"\nstopping after this iteration; once more to stop at once\n")   # print would fail inside another print
 
     def __bool__(self):
         self.asked = any_rank(self.asked)
@@ -177,8 +204,8 @@ class Adam:
                 p.grad /= dist.get_world_size()
         norm = whole(torch.nn.utils.clip_grad_norm_(self.params, self.clip or math.inf))
         if not torch.isfinite(norm):
-            raise Failure(f"the gradient of the {self.name} is not finite: nothing was stepped or saved; "
-                          f"resume from the last checkpoint with a lower learning rate")
+            raise NotFinite(f"the gradient of the {self.name} is not finite: nothing was stepped or saved; "
+                            f"resume from the last checkpoint with a lower learning rate")
         self.adam.param_groups[0]["lr"] = self.rate
         self.adam.step()
 
@@ -410,6 +437,7 @@ class Output:
                 raise Failure(f"--out {path} is not empty ({sorted(held)[0]}, ...); go on with --resume auto or choose another directory")
             for leftover in self.path.glob("**/*.tmp"):         # of a run killed in mid-save
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        barrier()                                               # what is refused is refused before any rank goes on
 
     def log(self, **row):
         """One line of metrics.jsonl. A full disk costs the line, not the run."""
@@ -431,8 +459,20 @@ def sync(path):
     os.close(fd)
 
 
+def seal(facts):
+    """The hash a manifest carries of itself."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def remove(path):
+    """A folder, of which no half may stay under its name."""
+    if Path(path).exists():
+        os.rename(path, f"{path}.old.tmp")
+        shutil.rmtree(f"{path}.old.tmp")
+
+
 def write_folder(path, files, facts):
-    """All or nothing: tensors {file: {name: tensor}} and a manifest of sizes and hashes appear under `path` together.
+    """All or nothing: tensors {file: {name: tensor}} and a manifest of sizes and hashes appear under `path` together, in place of what was there.
 
     Written to PATH.tmp, synced to the disk, manifest last, then renamed. Raises Failure naming path and bytes when the disk is full.
     """
@@ -444,8 +484,9 @@ def write_folder(path, files, facts):
             save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, tmp / name)
             sync(tmp / name)
         facts = dict(facts, files={name: dict(bytes=(tmp / name).stat().st_size, sha256=sha256(tmp / name)) for name in files})
-        (tmp / "manifest.json").write_text(json.dumps(facts, indent=1))
+        (tmp / "manifest.json").write_text(json.dumps(dict(facts, seal=seal(facts)), indent=1))
         sync(tmp / "manifest.json"), sync(tmp)
+        remove(path)
         os.rename(tmp, path)
         sync(path.parent)
     except Exception as e:                                      # safetensors reports a full disk as an error of its own
@@ -459,12 +500,18 @@ def verify(path):
     path = Path(path)
     try:
         facts = json.loads((path / "manifest.json").read_text())
+        if facts.pop("seal") != seal(facts):
+            raise ValueError
         expected = facts["files"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise Failure(f"{path}: no whole checkpoint there (manifest.json is missing or damaged)")
     for name, stamp in expected:
         file = path / Path(name).name                           # a name with ../ in it stays inside
-        if not file.exists() or file.stat().st_size != stamp["bytes"] or sha256(file) != stamp["sha256"]:
+        try:
+            intact = file.stat().st_size == stamp["bytes"] and sha256(file) == stamp["sha256"] and safe_open(file, "pt")   # a pickle has a hash, too
+        except (OSError, SafetensorError, TypeError, KeyError):
+            intact = False
+        if not intact:
             raise Failure(f"{file}: missing, truncated or altered; delete {path} and go on with --resume auto")
     return facts
 
@@ -509,10 +556,10 @@ def save_checkpoint(folder, facts, nets, optimizers, keep=2):
     folder = Path(folder)
     folder.mkdir(exist_ok=True)
     path = folder / f"{facts['stage']}-{facts['global_iter']:08d}"
-    if not path.exists():
-        write_folder(path, files, dict(facts, torch=torch.__version__, world_size=world()[1]))
-    for old in sorted(folder.glob(f"{facts['stage']}-????????"))[:-keep]:
-        shutil.rmtree(old)
+    versions = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft", "safetensors")}
+    write_folder(path, files, dict(facts, versions=versions, world_size=world()[1]))
+    for old in [p for p in sorted(folder.glob(f"{facts['stage']}-????????")) if p.name <= path.name][:-keep]:   # later ones are damaged ones
+        remove(old)
 
 
 def load_checkpoint(path, facts, nets, optimizers):
@@ -526,10 +573,11 @@ def load_checkpoint(path, facts, nets, optimizers):
                 raise Failure(f"{path}: {name}.{k} is {list(theirs[k].shape) if k in theirs else 'missing'} there and "
                               f"{list(mine[k].shape) if k in mine else 'missing'} here; choose the run it belongs to")
     for opt in optimizers:
-        for k, v in files[f"optimizer_{opt.name}.safetensors"].items():
-            i, what = k.split(".")
-            if what != "step" and v.shape != opt.params[int(i)].shape:
-                raise Failure(f"{path}: optimizer_{opt.name} has {k} of shape {list(v.shape)}, expected {list(opt.params[int(i)].shape)}")
+        expected = {str(i): list(p.shape) for i, p in enumerate(opt.params)}
+        for k, v in files.get(f"optimizer_{opt.name}.safetensors", {"its file": torch.empty(0)}).items():
+            i, _, what = k.partition(".")
+            if what != "step" and list(v.shape) != expected.get(i):
+                raise Failure(f"{path}: optimizer_{opt.name} has {k} of shape {list(v.shape)}, expected {expected.get(i)}; choose the run it belongs to")
     with torch.no_grad():
         for name, net in nets.items():
             for k, p in trained_state(net).items():
@@ -581,7 +629,7 @@ def grid(path, rows, captions):
             ax.imshow(((image.float() + 1) / 2).clamp(0, 1).permute(1, 2, 0).cpu())
             ax.set(xticks=[], yticks=[])
             if top == 0:
-                ax.set_title("\n".join(textwrap.wrap(caption, 24)[:3]), fontsize=7)
+                ax.set_title("\n".join(textwrap.wrap(caption, 24)[:3]), fontsize=7, parse_math=False)   # a prompt may have dollars in it
         line[0].set_ylabel(label, fontsize=9)
     save_picture(path, figure)
 
@@ -608,8 +656,11 @@ def curves(out):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    rows = [json.loads(line) for line in (out.path / "metrics.jsonl").read_text().splitlines()]
-    names = list(dict.fromkeys(k for row in rows for k in row if k not in ("stage", "iteration", "global_iter", "seconds")))
+    rows, file = [], out.path / "metrics.jsonl"
+    for line in file.read_text().splitlines() if file.exists() else ():
+        with suppress(ValueError):                              # of a line that a full disk cut short
+            rows.append(json.loads(line))
+    names = list(dict.fromkeys(k for row in rows for k in row if k not in ("stage", "iteration", "global_iter", "seconds"))) or ["nothing logged"]
     figure, axes = plt.subplots(1, len(names), figsize=(3.2 * len(names), 2.8), squeeze=False, layout="constrained")
     for name, ax in zip(names, axes[0]):
         for stage in dict.fromkeys(row["stage"] for row in rows):
@@ -617,5 +668,5 @@ def curves(out):
             if points:
                 ax.plot(*zip(*points), lw=0.8, label=stage)
         ax.set(title=name, xlabel="iteration")
-        ax.legend(fontsize=7)
+        ax.legend(fontsize=7) if rows else None
     save_picture(out.path / "losses.png", figure)

@@ -6,6 +6,8 @@
 
 Writes what train_sdxl.py writes; samples.png is a contact sheet, and every sampled video is a GIF beside it.
 """
+import os
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -54,7 +56,8 @@ def video_problems(args):
     """What is wrong with these flags for a video family."""
     wrong = [f"--steps {args.steps}: must divide 1000, or the stock scheduler would take other steps"] * (args.steps < 1 or 1000 % args.steps > 0)
     wrong += [f"--frames {args.frames}: must be 1 more than a multiple of 4"] * (args.frames is not None and (args.frames < 1 or args.frames % 4 != 1))
-    wrong += [f"--context-parallel {args.context_parallel}: must be above 0"] * (args.context_parallel < 1)
+    group, ranks = args.context_parallel, int(os.environ.get("WORLD_SIZE", 1))
+    wrong += [f"--context-parallel {group}: must be above 0, and divide the number of ranks, {ranks}"] * (group < 1 or ranks % group > 0)
     return wrong + ["--stage adp: ADP is for images; leave the flag out"] * (args.stage == "adp")
 
 

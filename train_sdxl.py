@@ -14,8 +14,8 @@ import argparse
 import hashlib
 import json
 import math
-import shutil
 import sys
+import textwrap
 import time
 from copy import deepcopy
 from functools import partial, reduce
@@ -29,9 +29,9 @@ from adm import Draws, adm, adp
 from discriminators import Taps, heads_for
 from ode import Schedule, both, sample
 from phased_dmd import generate, phased_dmd, split
-from plumbing import (Adam, Average, Failure, Lora, Output, StopSignal, autocast, barrier, broadcast, checkpointing, compiled, contact_sheet, curves, full_copy,
-                      goodbye, grid, load_checkpoint, newest_checkpoint, open_tensors, quiet, read_prompts, receive, run, save_checkpoint, shard, sharding,
-                      start, usage, verify, whole, world, write_folder)
+from plumbing import (Adam, Average, Failure, Lora, NotFinite, Output, StopSignal, autocast, barrier, broadcast, checkpointing, compiled, contact_sheet,
+                      curves, full_copy, gather, goodbye, grid, load_checkpoint, newest_checkpoint, open_tensors, quiet, read_prompts, receive, run,
+                      save_checkpoint, shard, sharding, start, usage, verify, whole, world, write_folder)
 
 EMBEDDED = Path(__file__).parent / "teacher"
 SHARD = 256                                                     # pairs, or prompts, in a file
@@ -93,11 +93,12 @@ IMAGE = dict(latent=latent_image, decode=decode_image, constant=lambda pipe, sha
 PIPELINES = {
     "StableDiffusionXLPipeline": dict(
         IMAGE, network="unet", encode=encode_sdxl, schedulers=schedulers_sdxl, last=999,
-        lora=[*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"], defaults=lambda config: {}),
+        lora=[*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"], defaults=lambda config: {},
+        problems=lambda args: [f"--text-tokens {args.text_tokens}: SDXL has no T5; leave the flag out"] * (args.text_tokens is not None)),
     "StableDiffusion3Pipeline": dict(
         IMAGE, network="transformer", encode=encode_sd3, schedulers=schedulers_sd3, last=1000,
         lora=[*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"],
-        defaults=lambda config: dict(steps=4, lr_generator=1e-8, guidance=[3.0, 4.0]) if config["num_layers"] == 38 else
+        defaults=lambda config: dict(steps=4, lr_generator=1e-8, guidance=[3.0, 4.0]) if config.get("num_layers") == 38 else
         dict(steps=4, lr_generator=1e-6, lora_rank=64)),
 }
 
@@ -112,7 +113,7 @@ SHAPES_PHASED = dict(SHAPES, iterations_phase=150, lr_generator=1e-4, lora_rank=
 
 
 def parse(doc, pipelines, embedded):
-    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, exit_on_error=False)
     p.error = lambda message: usage([message])
     g = p.add_argument_group("what")
     g.add_argument("--model", help="local directory or hub id of a pipeline: " + ", ".join(pipelines) + (
@@ -184,23 +185,29 @@ def parse(doc, pipelines, embedded):
     g.add_argument("--save-every", type=int, default=500)
     g.add_argument("--sample-every", type=int, default=500)
 
-    known, unknown = p.parse_known_args()
-    nowhere = None
-    if known.model:
+    argv, known = [w for w in sys.argv[1:] if w != "--" and not w.endswith("=--")], None   # argparse takes --flag=-- for an empty list
+    wrong = [f"{w}: neither a flag nor a value" for w in sys.argv[1:] if w not in argv]
+    while known is None:
         try:
-            kind = pipeline_class(known.model, pipelines)
-            row = pipelines[kind]
-            p.set_defaults(**row["defaults"](pipeline_config(known.model, row["network"])))
+            known, unknown = p.parse_known_args(argv)
+        except argparse.ArgumentError as e:                     # a value of the wrong type: noted, and on without its flag to the next
+            wrong.append(str(e))
+            argv = without(argv, (e.argument_name or "").split("/"))
+    row, nowhere = {}, None
+    if known.model or embedded:
+        try:
+            row = pipelines[pipeline_class(known.model or EMBEDDED, pipelines)]
+            p.set_defaults(**row["defaults"](pipeline_config(known.model or EMBEDDED, row["network"])))
         except Failure as e:                                    # told after the flags, all of which come first
             nowhere = e
     if known.method == "phased_dmd":
         p.set_defaults(**PHASED)
     if known.model is None and embedded:
         p.set_defaults(**SHAPES_PHASED if known.method == "phased_dmd" else SHAPES)
-    args, _ = p.parse_known_args()
+    args, _ = p.parse_known_args(argv)
     if args.iterations is not None:
         args.iterations_adp = args.iterations_adm = args.iterations_phase = args.iterations
-    wrong = problems(args, unknown, embedded) + ([] if nowhere or not known.model else row.get("problems", lambda args: [])(args))
+    wrong += problems(args, unknown, embedded) + row.get("problems", lambda args: [])(args)
     if wrong:
         usage(wrong)
     if nowhere:
@@ -208,15 +215,27 @@ def parse(doc, pipelines, embedded):
     return args
 
 
+def without(argv, flags):
+    """The command line less these flags and what they were given."""
+    kept, inside = [], False
+    for word in argv:
+        inside = word.split("=")[0] in flags or inside and not word.startswith("--")
+        kept += [] if inside else [word]
+    return kept if kept != argv else []
+
+
 def problems(args, unknown, embedded):
     """Every flag that is wrong, one sentence each."""
     wrong = [f"unknown flag {' '.join(unknown)}"] if unknown else []
     flag = lambda name: f"--{name.replace('_', '-')} {getattr(args, name)}"
+    numbers = {n: v if isinstance(v, list) else [v] for n, v in vars(args).items()}
+    wrong += [f"{flag(n)}: not finite" for n, values in numbers.items() if any(isinstance(v, float) and not math.isfinite(v) for v in values)]
+    wrong += [f"{flag(n)}: must be {most} at most" for n, most in (("steps", 1000), ("pair_steps", 1000), ("seed", 2**63 - 1)) if getattr(args, n) > most]
     wrong += [f"{flag(n)}: must be above 0" for n in (
         "pairs", "pair_steps", "iterations_adp", "iterations_adm", "iterations_phase", "batch_size", "accumulate", "lr_generator_adp", "lr_generator", "lr_fake",
         "lr_discriminator", "steps", "ttur", "head_channels", "phases", "save_every", "sample_every")
-        if not (getattr(args, n) > 0 and math.isfinite(getattr(args, n)))]
-    wrong += [f"{flag(n)}: must be 0 or above" for n in ("clip", "lora_rank", "lora_rank_fake", "seed", "pair_guidance") if not getattr(args, n) >= 0]
+        if getattr(args, n) <= 0]
+    wrong += [f"{flag(n)}: must be 0 or above" for n in ("clip", "lora_rank", "lora_rank_fake", "seed", "pair_guidance") if getattr(args, n) < 0]
     wrong += [f"{flag('lora_alpha')}: must be above 0"] * (args.lora_alpha is not None and not args.lora_alpha > 0)
     wrong += [f"{flag('ema')}: must be in [0, 1)"] * (not 0 <= args.ema < 1)
     wrong += [f"--{name} {low} {high}: LO is above HI" for name, (low, high) in (("guidance", args.guidance), ("clamp", args.clamp)) if not low <= high]
@@ -254,7 +273,7 @@ class Teacher:
         self.how = sharding(args.fsdp, args.cpu_offload, args.bf16, device)
         pipe = load_pipeline(args, pipelines, hollow="network" if self.how and world()[0] else "")
         self.family = pipelines[type(pipe).__name__]
-        self.prompts, self.device, self.vae = prompts, device, pipe.vae.to(device)
+        self.prompts, self.device, self.vae, self.drawn = prompts, device, pipe.vae.to(device), []
         self.net = (self.family.get("join") or (lambda pipe: getattr(pipe, self.family["network"])))(pipe)
         self.units = getattr(self.net, "units", [self.net])     # two where the teacher is two networks, noisier first: Wan2.2
         self.backbone = self.units[-1]                          # of the latent discriminator
@@ -285,9 +304,10 @@ class Teacher:
     def embed(self, args, pipe, out):
         """prompts/: embeddings in shards, made by all ranks together (by rank 0, the only one with text encoders, of a sharded run), then
         read from the disk as they are needed. The last shard is the empty prompt."""
-        long = sum(len(pipe.tokenizer(p).input_ids) > pipe.tokenizer.model_max_length for p in self.prompts)
-        if long and world()[0] == 0:
-            print(f"warning: {long} of {len(self.prompts)} prompts are longer than {pipe.tokenizer.model_max_length} tokens and are cut there", file=sys.stderr)
+        limit = min(pipe.tokenizer.model_max_length, args.text_tokens or 512)     # CLIP's 77, or T5's, of which no pipeline here takes more than 512
+        long = sum(len(pipe.tokenizer(p).input_ids) > limit for p in self.prompts) if world()[0] == 0 else 0
+        if long:
+            print(f"warning: {long} of {len(self.prompts)} prompts are longer than {limit} tokens and are cut there", file=sys.stderr)
         (rank, ranks), n = (world()[0], 1) if self.how else world(), len(self.prompts)
         paths = [out.path / "prompts" / f"{k:05d}" for k in range(math.ceil(n / SHARD))] + [out.path / "prompts" / "empty"]
         encode = lambda prompts: self.family["encode"](pipe, prompts, self.height, self.width, self.device, **text_tokens(args))
@@ -304,6 +324,7 @@ class Teacher:
 
     def cond(self, index):
         """LongTensor [B] of prompts -> the network's conditioning for that batch."""
+        self.drawn += index.tolist()                            # since draws_of: what to name should the iteration fail
         places = [(self.shards[i // SHARD], i % SHARD) for i in index.tolist()]
         return nested({name: torch.cat([file.get_slice(name)[i:i + 1] for file, i in places]).to(self.device) for name in self.shards[0].keys()}) | self.constant
 
@@ -361,10 +382,11 @@ def pipeline_config(path, folder):
     name = f"{folder}/config.json" if folder else "model_index.json"
     try:
         if Path(path).exists():
-            return json.loads((Path(path) / name).read_text())
-        from huggingface_hub import hf_hub_download
-        return json.loads(Path(hf_hub_download(path, name)).read_text())
-    except (OSError, ValueError) as e:
+            return dict(json.loads((Path(path) / name).read_text()))
+        from huggingface_hub import hf_hub_download, logging
+        logging.set_verbosity(logging.CRITICAL)                 # it would tell of each retry
+        return dict(json.loads(Path(hf_hub_download(path, name)).read_text()))
+    except (OSError, ValueError, TypeError) as e:
         raise Failure(f"--model {path}: no such pipeline, here or on the hub; give a directory with a model_index.json, or a hub id") from e
 
 
@@ -385,9 +407,10 @@ def load_pipeline(args, pipelines, hollow=""):
                 if name.startswith(pipelines[kind]["network"]) or name == "vae" and hollow == "all":
                     without[name] = getattr(diffusers, part).from_config(pipeline_config(path, name))
     try:
-        pipe = getattr(diffusers, kind).from_pretrained(path, **without, **dict(add_watermarker=False) if "XL" in kind else {}).to(torch.float32)
-    except (OSError, ValueError) as e:
-        raise Failure(f"--model {path}: not a whole pipeline ({str(e).splitlines()[0]}); download it again") from e
+        pipe = getattr(diffusers, kind).from_pretrained(path, **without, **dict(add_watermarker=False) if "XL" in kind else {},
+                                                        use_safetensors=True, trust_remote_code=False).to(torch.float32)   # nothing that runs
+    except Exception as e:                                      # every library here has errors of its own
+        raise Failure(f"--model {path}: not a whole pipeline of safetensors ({str(e).split(chr(10))[0]}); download it again") from e
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
@@ -421,17 +444,20 @@ def left_out(args, path, kind):
     return [name for name in ("text_encoder_3", "tokenizer_3") if kind == "StableDiffusion3Pipeline" and (args.no_t5 or not config[name][0])]
 
 
-def load_vision_encoder(path, device):
-    """The pixel discriminator's backbone: the vision half of a SAM model, or a DINOv2. Raises Failure if it is neither."""
+def load_vision_encoder(path, device=None):
+    """The pixel discriminator's backbone: the vision half of a SAM model, or a DINOv2. Raises Failure if it is neither, which without a device is all it does."""
     from transformers import AutoConfig, Dinov2Model, SamVisionModel
     try:
-        kind = AutoConfig.from_pretrained(path).model_type
+        kind = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
     except (OSError, ValueError, KeyError) as e:
         raise Failure(f"--pixel-backbone {path}: no such model, here or on the hub; give a SAM or DINOv2 directory or hub id") from e
     classes = {"sam": SamVisionModel, "sam_vision_model": SamVisionModel, "dinov2": Dinov2Model}
     if kind not in classes:
         raise Failure(f"--pixel-backbone {path}: a {kind} model; give a SAM or a DINOv2")
-    return classes[kind].from_pretrained(path).to(device, torch.float32)
+    try:
+        return device and classes[kind].from_pretrained(path, use_safetensors=True).to(device, torch.float32)
+    except Exception as e:
+        raise Failure(f"--pixel-backbone {path}: not a whole model of safetensors ({str(e).split(chr(10))[0]}); download it again") from e
 
 
 def trainable(args, teacher, name, rank, source=None):
@@ -481,6 +507,7 @@ def load_pairs(args, out, teacher):
 
 def draws_of(args, teacher, stage, iteration):
     """Draws of each of this rank's micro-batches: the places of its samples in the global batch make their random numbers."""
+    teacher.at, teacher.drawn = f"{['pairs', 'adp', 'adm'][stage] if stage < 3 else f'phase{stage - 10}'}, iteration {iteration}", []
     rank, ranks = (n // context(args) for n in world())         # ranks that share their samples draw the same
     for m in range(args.accumulate):
         first = (m * ranks + rank) * args.batch_size
@@ -558,13 +585,16 @@ def run_dmdx(args, out, teacher, checkpoint, reached, look, stop):
         after_adp = True
     else:
         after_adp = newest_checkpoint(out.path / "checkpoints", "adp")
-        if after_adp and reached != "adm" and load_checkpoint(after_adp, facts, average.both(), ())["iteration"] < args.iterations_adp:
+        if reached == "adm":                                    # perhaps from another --out, where that checkpoint is not
+            after_adp = json.loads((checkpoint / "manifest.json").read_text())["after_adp"]
+        elif after_adp and load_checkpoint(after_adp, facts, average.both(), ())["iteration"] < args.iterations_adp:
             raise Failure(f"{after_adp}: ADP is not finished there; finish it with --stage adp --resume auto, or give its length as --iterations-adp")
     if args.stage == "adp":
         return print("adp is done; go on with --stage adm --resume auto")
     student_schedule = teacher.line if after_adp else teacher.schedule
     if reached != "adm":
         average.restart()                                       # ADM starts from what ADP's average had become
+    facts["after_adp"] = bool(after_adp)
     if not run_adm(args, out, teacher, generator, average, student_schedule, facts, checkpoint if reached == "adm" else None, look, stop):
         return goodbye(out)
     return [(average.net, student_schedule.rows(args.steps))], student_schedule
@@ -618,7 +648,7 @@ def follow(args, out, stage, steps, begin, iterations, nets, optimizers, average
                 bar.set_postfix({k: f"{v:.3f}" for k, v in row.items() if "iter" not in k})
         if i % args.save_every == 0 or last or stopping:
             counters = dict(stage=stage, iteration=i, global_iter=losses.get("global_iter", i))
-            save_checkpoint(out.path / "checkpoints", dict(facts, **counters), nets, optimizers)
+            save_checkpoint(out.path / "checkpoints", dict(facts, **counters, flags=vars(args)), nets, optimizers)
         if i % args.sample_every == 0 and not last:
             show(f"samples-{stage}-{i:06d}.png")
         if stopping and not last:
@@ -754,17 +784,20 @@ def main(doc, pipelines, embedded):
         return report(args, pipe, pipelines[type(pipe).__name__], args.dry_run)
     began, prompts = time.time(), read_prompts(args.prompts) if args.prompts else shapes.CAPTIONS
     device = start(alone=args.fsdp or args.cpu_offload)
-    if world()[1] % context(args):
-        raise Failure(f"--context-parallel {context(args)}: {world()[1]} ranks do not divide into groups of that; start with another --nproc-per-node")
     out, stop = Output(args.out, args.resume), StopSignal()
     stages = [f"phase{k}" for k in range(args.phases, 0, -1)] if args.method == "phased_dmd" else ["adm", "adp"]
-    checkpoint = None
-    if args.resume == "auto":
-        checkpoint = next(filter(None, (newest_checkpoint(out.path / "checkpoints", stage) for stage in stages)), None)
-    elif args.resume:
-        checkpoint = Path(args.resume)
-        verify(checkpoint)
+    checkpoint = args.resume and next(filter(None, (newest_checkpoint(out.path / "checkpoints", stage) for stage in stages)), None)
     reached = checkpoint.name.split("-")[0] if checkpoint else None
+    adp_runs = args.steps == 1 and args.stage in ("all", "adp") and pipelines[pipeline_class(args.model or EMBEDDED, pipelines)]["last"]
+    if args.resume not in (None, "auto"):
+        reached = verify(args.resume).get("stage")
+        if reached not in stages or reached == "adp" and not adp_runs:
+            raise Failure(f"--resume {args.resume}: its stage is {reached}, and this run has no such stage; give the flags of the run it belongs to")
+        if checkpoint and checkpoint.resolve() != Path(args.resume).resolve():
+            raise Failure(f"--resume {args.resume}: --out holds {checkpoint}, with which it would be mixed up; choose another --out, or --resume auto")
+        checkpoint = Path(args.resume)
+    if adp_runs and args.method != "phased_dmd" and reached != "adm":
+        load_vision_encoder(args.pixel_backbone)                # what is wrong with it is told before hours of pairs
 
     teacher = Teacher(args, out, prompts, device, pipelines)
     look = pictures(args, out, teacher)
@@ -775,7 +808,11 @@ def main(doc, pipelines, embedded):
     barrier()
     if args.stage == "pairs":
         return print("pairs is done; go on with --stage adp --resume auto")
-    done = (run_phases if args.method == "phased_dmd" else run_dmdx)(args, out, teacher, checkpoint, reached, look, stop)
+    try:
+        done = (run_phases if args.method == "phased_dmd" else run_dmdx)(args, out, teacher, checkpoint, reached, look, stop)
+    except NotFinite as e:
+        drawn = [f"{i + 1} ({textwrap.shorten(prompts[i], 40)})" for i in sorted(set(gather(teacher.drawn)))]
+        raise Failure(f"{teacher.at}: {e}, or look at its prompts, by line: {', '.join(drawn)}")
     samples = look("samples.png", *done) if done else None
     if not done:
         return
@@ -783,10 +820,10 @@ def main(doc, pipelines, embedded):
     weights = [{} if isinstance(net, Lora) else {k: whole(v).cpu() for k, v in net.state_dict().items()} for net, _ in done[0]]
     if world()[0] == 0:
         curves(out)
-        shutil.rmtree(out.path / "samples", ignore_errors=True)   # of a run that was killed on these last lines
         write_folder(out.path / "samples", {"samples.safetensors": samples}, teacher.facts)
         export(args, out, teacher, *done, weights, pipelines)
-        (out.path / "result.json").write_text(json.dumps(dict(seconds=time.time() - began, **table), indent=1))
+        (out.path / "result.json.tmp").write_text(json.dumps(dict(seconds=time.time() - began, **table), indent=1))
+        (out.path / "result.json.tmp").rename(out.path / "result.json")           # which says that all the rest is there
         print(f"wrote {out.path}/export, samples.png, losses.png, result.json in {time.time() - began:.0f} s")
 
 

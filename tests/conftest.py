@@ -1,4 +1,5 @@
-"""Why this file exists: it lets the tests, and the scripts they start, import the top level from any folder, and keeps torch to one thread."""
+"""Why this file exists: it lets the tests, and the scripts they start, import the top level from any folder, keeps torch to one thread, and
+has the fixture that two files share."""
 import os
 import sys
 from pathlib import Path
@@ -8,6 +9,13 @@ FOLDERS = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 os.environ["PYTHONPATH"] = os.pathsep.join(FOLDERS + ([os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []))
 sys.path[:0] = FOLDERS
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    from sdxl import build                                      # here: other tests do without all that it imports
+    return build(tmp_path_factory.mktemp("small"))
