@@ -4,8 +4,8 @@
     python bench.py --full --models SDXL --bf16 --grad-checkpointing         # the released sizes, random weights, on a GPU
     python bench.py --full --models SDXL --bf16 --grad-checkpointing --cpu-offload --stage adp
 
-lean: adm.adm. literal: the printed order, guidance in two calls, features of x_fake computed for each of their two uses, and gradients wherever
-autograd leaves them: 17 passes of the network's size where 14 are needed. floor: those 14, and the heads', each timed alone, added up.
+lean: adm.adm. literal: the printed order, guidance in two calls, features of x_fake computed for each of their two uses, and the gradients that a plain
+backward() leaves in f and in D's backbone: 17 passes of the network's size where 14 are needed. floor: those 14, and the heads', each timed alone, added up.
 """
 import argparse
 import json
@@ -41,7 +41,7 @@ SMALL = {
 
 
 def literal(generator, fake_score, real_score, heads, optimizers, schedule, rows, guidance, draws, cond, uncond):
-    """Algorithm 1, line by line, nothing shared and nothing frozen. The networks' outputs are the pair's by the schedule."""
+    """Algorithm 1, line by line, each update with a backward() of its own. The networks' outputs are made pairs by the schedule."""
     generator_opt, fake_opt, heads_opt = optimizers
     look = lambda net, x, i, c: schedule.split(x, net(x, timestep=schedule.timestep[i], **c, return_dict=False)[0].to(x.dtype), i)
     z, i = draws.normal(), torch.full((len(draws.each),), rows[0], device=draws.device)
@@ -60,14 +60,14 @@ def literal(generator, fake_score, real_score, heads, optimizers, schedule, rows
         out_cond, out_uncond = (real_score(x_t, timestep=schedule.timestep[t], **c, return_dict=False)[0] for c in (cond, uncond))
         x_real = schedule.noise(*schedule.split(x_t, (out_uncond + w * (out_cond - out_uncond)).to(x_t.dtype), t), t - dt)   # 21
     taps = Taps(real_score)
-    real_score.requires_grad_(True)                             # Taps has frozen it
     D = lambda x: heads(taps(x, timestep=schedule.timestep[t - dt], **cond))
+    real_score.requires_grad_(True)                             # D's backbone: line 22 leaves gradients in it, as in f, that nobody uses
     generator_loss = -D(x_fake).mean()
     generator_opt.zero_grad(), generator_loss.backward(), generator_opt.step()                                # 22
+    real_score.zero_grad(), real_score.requires_grad_(False)
     heads_loss = hinge(D(x_fake.detach()), D(x_real))
     heads_opt.zero_grad(), heads_loss.backward(), heads_opt.step()                                            # 26
     fake_opt.zero_grad(), heads_opt.zero_grad(), generator_opt.zero_grad()
-    real_score.zero_grad(), real_score.requires_grad_(False)
 
 
 def seconds(function, device):

@@ -1,5 +1,8 @@
 """Why this file exists: --dry-run tells what a run would cost, memory and arithmetic, from configurations alone, before anybody pays for it."""
+from contextlib import contextmanager
+
 import torch
+import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -68,6 +71,18 @@ def passes(generator, fake_score, real_score, backbone, heads, x, t, cond, uncon
             "taps of x_real": lambda: features(False), "heads": critics}
 
 
+@contextmanager
+def flash_attention():
+    """On the meta device attention would be counted with its whole matrix; every kernel in use keeps query, key, value, result and their norms instead."""
+    before, flash = F.scaled_dot_product_attention, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    F.scaled_dot_product_attention = lambda q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **more: \
+        flash(q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = before
+
+
 def saved_bytes(function, nets, recompute):
     """Bytes a pass keeps for its backward, weights aside. recompute: as checkpointing keeps them, the inputs of each block and all of the fullest one."""
     weights = {p.untyped_storage()._cdata for net in nets for p in net.parameters()}
@@ -94,7 +109,8 @@ def saved_bytes(function, nets, recompute):
     if recompute:
         for net in nets:
             net.enable_gradient_checkpointing(block)
-    counted(function)
+    with flash_attention():
+        counted(function)
     if recompute:
         for net in nets:
             net.disable_gradient_checkpointing()
