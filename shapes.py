@@ -3,15 +3,18 @@ marks any student's homework. It exists so that the main job needs no download a
 
     python shapes.py                        # mark the shipped teacher: accuracy, coverage, a picture (a minute)
     python shapes.py --train --out teacher  # train it again from nothing (about an hour on two cores)
+    python shapes.py --mark out/x/export    # mark a student, or any other pipeline that draws these captions, as its model card samples it
 
 A caption such as "a small red circle on blue" fixes shape, size, colour and background; it leaves the *place* open. So
 caption accuracy (is what was asked for there?) plays the part CLIP score plays in the paper, and the total variation
 between the places drawn by student and teacher plays the part of diversity.
 """
 import argparse
+import ast
 import itertools
 import json
 import math
+import re
 import time
 from copy import deepcopy
 from pathlib import Path
@@ -264,19 +267,29 @@ def train_vision_encoder(index, images, iterations, lr=1e-3, batch=64):
 
 
 @torch.no_grad()
-def mark(pipe, n=576, steps=25, guidance=3.0, seed=0, **call):
-    """Draw n captions in turn: (accuracy, images [n,3,32,32] in [-1,1])."""
+def mark(pipe, n=576, seed=0, **call):
+    """Draw n captions in turn, as the teacher samples or as `call` says: (accuracy, images [n,3,32,32] in [-1,1])."""
     captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(n)]
     pipe.set_progress_bar_config(disable=True)
-    images = pipe(captions, num_inference_steps=steps, guidance_scale=guidance, generator=torch.Generator().manual_seed(seed),
-                  output_type="pt", **call).images * 2 - 1
+    images = pipe(captions, **dict(num_inference_steps=25, guidance_scale=3.0) | call, generator=torch.Generator().manual_seed(seed),
+                  output_type="pt").images * 2 - 1
     return accuracy(images, captions), images
+
+
+def sampled_as_its_card_says(folder):
+    """An exported student (of one network) -> (pipeline, the arguments of the call in its model card)."""
+    from diffusers import DiffusionPipeline
+    line = re.search(r"^sample = (pipe\(.*\))\.images", (folder / "README.md").read_text(), re.M)
+    call = {k.arg: ast.literal_eval(k.value) for k in ast.parse(line[1], mode="eval").body.keywords}
+    return DiffusionPipeline.from_pretrained(folder, use_safetensors=True).to(torch.float32), call
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", action="store_true", help="train the teacher and save it under --out")
     parser.add_argument("--out", default="out/shapes", help="where the picture, or the trained pipeline, goes")
+    parser.add_argument("--mark", metavar="FOLDER", help="an exported student")
+    parser.add_argument("--samples", type=int, default=576, help="drawn for --mark")
     parser.add_argument("--sd3", action="store_true", help="train a small SD3 on the same captions and save it under --out")
     parser.add_argument("--vae-iterations", type=int, default=3000)
     parser.add_argument("--vision-iterations", type=int, default=1500)
@@ -306,13 +319,20 @@ def main():
         print(f"saved {out} after {time.time() - start:.0f} s")
         return
 
+    if args.mark:
+        pipe, call = sampled_as_its_card_says(Path(args.mark))
+        right, images = mark(pipe, args.samples, seed=args.seed, **call)
+        result = dict(accuracy=right, samples=args.samples)
+        (out / "result.json").write_text(json.dumps(result))
+        return print(f"{args.mark}: caption accuracy {right:.3f} on {args.samples} images")
+
     from diffusers import StableDiffusionXLPipeline
 
     from plumbing import grid
     pipe = StableDiffusionXLPipeline.from_pretrained(str(Path(__file__).parent / "teacher"), add_watermarker=False).to(torch.float32)
     rows, result = {}, {}
     for steps in (25, 8, 4, 1):
-        right, images = mark(pipe, 288, steps)
+        right, images = mark(pipe, 288, num_inference_steps=steps)
         result[str(steps)] = dict(accuracy=right, coverage_tv=coverage_tv(images[144:], images[:144]))
         print(f"teacher, {steps:2d} steps: caption accuracy {right:.3f}   coverage TV between halves {result[str(steps)]['coverage_tv']:.3f}")
         rows[f"{steps} steps"] = images[:72:9]

@@ -1,10 +1,6 @@
 """phased_dmd.py against exact conditional expectations, the paper's formulae written out, and adm.py where both must agree."""
 import json
-import os
-import subprocess
-import sys
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from adm import Draws, Net, adm, dmd_gradient, score_loss
+from cli import ROOT, Run, succeeded
 from ode import Mixture, Schedule, families
 from phased_dmd import biased_loss, bridge, generate, interpolant, kl_gradient, phased_dmd, scaled_target, split, subinterval_loss
 
@@ -326,10 +323,7 @@ def test_generate_gives_each_expert_its_own_rows_and_refuses_gaps():
 
 
 def test_the_demo_writes_its_result(tmp_path):
-    script = Path(sys.modules["phased_dmd"].__file__)
-    run = subprocess.run([sys.executable, script, "--iterations", "3", "--out", tmp_path], capture_output=True, text=True, cwd=tmp_path,
-                         env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert run.returncode == 0, run.stderr
+    succeeded(Run(ROOT / "phased_dmd.py", "--iterations", "3", "--out", tmp_path).wait())
     result = json.loads((tmp_path / "result.json").read_text())
     assert {"full", "unbiased", "biased"} == set(result["toy"]) and result["seconds"] > 0
     for name in ("phased", "sgts"):
