@@ -273,10 +273,11 @@ def test_ranks_that_share_a_sample_are_one(tmp_path, kind, ranks, blocks, attent
 
 
 def test_context_parallel_from_the_command_line(family, tmp_path):
+    """Two ranks that share samples, and weights as well, recomputing, against one rank."""
     script, folder, prompts = family("cogvideox-5b", SHALLOW)
     flags = ["--steps", "2", "--text-tokens", "16", "--lora-rank", "2", "--grad-checkpointing"]
     alone = start(family, "cogvideox-5b", tmp_path / "one", *flags)
-    succeeded(Run(ROOT / script, "--model", folder, "--prompts", prompts, "--out", tmp_path / "two", *QUICK, *flags, "--context-parallel", "2", ranks=2).wait())
+    succeeded(Run(ROOT / script, "--model", folder, "--prompts", prompts, "--out", tmp_path / "two", *QUICK, *flags, "--context-parallel", "2", "--fsdp", ranks=2).wait())
     succeeded(alone.wait())
     one, two = (load_file(tmp_path / n / "checkpoints" / "adm-00000003" / "fake_score.safetensors") for n in ("one", "two"))
     for k in one:
