@@ -261,8 +261,8 @@ class Lora(nn.Module):
         base.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets), name)
         base.__dict__["adapted"] = [m for m in base.modules() if isinstance(m, BaseTunerLayer)]
         self.__dict__.update(base=base, name=name, how=(rank, alpha, targets), config=base.config)   # past nn.Module: the base is not a part of this
-        for p in self.parameters():
-            p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))       # also on a bf16 base
+        for p in self.parameters():                             # also on a bf16 base, and where the base itself rests on the host
+            p.data = p.data.to(base.__dict__["sharded"][2] if "sharded" in base.__dict__ else p.device, torch.promote_types(p.dtype, torch.float32))
         for p in (*trained, *self.parameters()):
             p.requires_grad_(True)
         switch(base, None)
