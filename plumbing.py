@@ -345,8 +345,8 @@ def sharding(fsdp, offload, bf16, device):
     if not (fsdp or offload):
         return None
     ranks, node = world()[1], int(os.environ.get("LOCAL_WORLD_SIZE", world()[1]))
-    shape = (ranks // node, node) if ranks > node else (ranks,)
-    how = dict(mesh=dist.init_device_mesh(device.type, shape), reshard_after_forward=True)       # no names: peft takes a named dimension for tensor parallelism
+    shape, names = ((ranks // node, node), ("replicate", "shard")) if ranks > node else ((ranks,), None)   # peft takes a named dimension for tensor parallelism
+    how = dict(mesh=dist.init_device_mesh(device.type, shape, mesh_dim_names=names), reshard_after_forward=True)
     if offload:
         how["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     if bf16:                                                    # inputs stay as they are: timesteps above 256 are not all bf16 numbers
@@ -403,6 +403,16 @@ def copy_of_shards(net):
 def whole(tensor):
     """All of a tensor of which every rank may hold a part. Ranks call it together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def on_rank_0(tensors):
+    """{name: tensor}, sharded or not -> all of them, whole, on rank 0's host; nothing on the others, which must call it as well."""
+    host = {}
+    for name, tensor in tensors.items():
+        tensor = whole(tensor.detach())                         # one at a time: together they may not fit on the device
+        if world()[0] == 0:
+            host[name] = tensor.cpu()
+    return host
 
 
 def put(p, value):
@@ -547,10 +557,7 @@ def save_checkpoint(folder, facts, nets, optimizers, keep=2):
     for opt in optimizers:
         state = opt.adam.state_dict()["state"]
         files[f"optimizer_{opt.name}.safetensors"] = {f"{i}.{k}": v for i, s in state.items() for k, v in s.items()}
-    for tensors in files.values():
-        for k, v in tensors.items():
-            v = whole(v.detach())
-            tensors[k] = v.cpu() if world()[0] == 0 else None
+    files = {name: on_rank_0(tensors) for name, tensors in files.items()}
     if world()[0]:
         return
     folder = Path(folder)

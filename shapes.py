@@ -14,7 +14,6 @@ import ast
 import itertools
 import json
 import math
-import re
 import time
 from copy import deepcopy
 from pathlib import Path
@@ -279,9 +278,9 @@ def mark(pipe, n=576, seed=0, **call):
 def sampled_as_its_card_says(folder):
     """An exported student (of one network) -> (pipeline, the arguments of the call in its model card)."""
     from diffusers import DiffusionPipeline
-    line = re.search(r"^sample = (pipe\(.*\))\.images", (folder / "README.md").read_text(), re.M)
-    call = {k.arg: ast.literal_eval(k.value) for k in ast.parse(line[1], mode="eval").body.keywords}
-    return DiffusionPipeline.from_pretrained(folder, use_safetensors=True).to(torch.float32), call
+    code = ast.parse((folder / "README.md").read_text().split("```python\n")[1].split("```")[0])
+    calls = {ast.unparse(c.func).split(".")[-1]: {k.arg: ast.literal_eval(k.value) for k in c.keywords} for c in ast.walk(code) if isinstance(c, ast.Call)}
+    return DiffusionPipeline.from_pretrained(folder, use_safetensors=True, **calls["from_pretrained"]).to(torch.float32), calls["pipe"]
 
 
 def main():

@@ -30,8 +30,8 @@ from discriminators import Taps, heads_for
 from ode import Schedule, both, sample
 from phased_dmd import generate, phased_dmd, split
 from plumbing import (Adam, Average, Failure, Lora, NotFinite, Output, StopSignal, autocast, barrier, broadcast, checkpointing, compiled, contact_sheet,
-                      curves, full_copy, gather, goodbye, grid, load_checkpoint, newest_checkpoint, open_tensors, quiet, read_prompts, receive, run,
-                      save_checkpoint, shard, sharding, start, usage, verify, whole, world, write_folder)
+                      curves, full_copy, gather, goodbye, grid, load_checkpoint, newest_checkpoint, on_rank_0, open_tensors, quiet, read_prompts, receive, run,
+                      save_checkpoint, shard, sharding, start, usage, verify, world, write_folder)
 
 EMBEDDED = Path(__file__).parent / "teacher"
 SHARD = 256                                                     # pairs, or prompts, in a file
@@ -106,7 +106,7 @@ PIPELINES = {
 PHASED = dict(steps=4, ttur=5, lr_generator=5e-5, lora_rank=64, lora_alpha=8.0, lr_fake=4e-7, accumulate=16)
 
 # What the embedded teacher wants instead of the paper's values: three orders of magnitude fewer weights and iterations.
-SHAPES = dict(pairs=2048, pair_steps=20, pair_guidance=3.0, iterations_adp=1250, iterations_adm=100, batch_size=32, decay=True,
+SHAPES = dict(pairs=2048, pair_steps=20, pair_guidance=3.0, iterations_adp=2000, iterations_adm=100, batch_size=32, decay=True,
               lr_generator_adp=3e-4, lr_generator=1e-5, lr_fake=1e-3, lr_discriminator=1e-3, guidance=[2.0, 4.0], ema=0.98, head_channels=64,
               pixel_backbone=str(EMBEDDED / "vision_encoder"), sample_every=250, save_every=250)
 SHAPES_PHASED = dict(SHAPES, iterations_phase=150, lr_generator=1e-4, lora_rank=0, accumulate=1)
@@ -242,7 +242,7 @@ def problems(args, unknown, embedded):
     wrong += ["--lambdas: weights must be 0 or above, one of them above"] * (not (min(args.lambdas) >= 0 and max(args.lambdas) > 0))
     wrong += [f"{flag('steps')}: ADP is one-step only; use --stage adm"] * (args.steps > 1 and args.stage == "adp")
     wrong += [f"{flag(n)}: must be a multiple of 32 above 0" for n in ("height", "width") if getattr(args, n) is not None and (getattr(args, n) < 1 or getattr(args, n) % 32)]
-    wrong += [f"{flag('text_tokens')}: must be above 0"] * (args.text_tokens is not None and args.text_tokens < 1)
+    wrong += [f"{flag(n)}: must be above 0" for n in ("text_tokens", "dry_run") if getattr(args, n) is not None and getattr(args, n) < 1]
     wrong += [f"{flag('cfg_student')}: must be above 1"] * (args.cfg_student is not None and not args.cfg_student > 1)
     if args.method == "phased_dmd":
         wrong += [f"{flag('cfg_student')}: not with Phased DMD"] * (args.cfg_student is not None)
@@ -465,6 +465,8 @@ def trainable(args, teacher, name, rank, source=None):
     source = source or teacher.net
     if rank and source not in teacher.units:
         raise Failure(f"--lora-rank{'-fake' if 'fake' in name else ''} {rank}: this teacher is two networks, and what replaces both is trained fully; give 0")
+    if rank and teacher.how and teacher.how["mesh"].ndim == 2:
+        raise Failure(f"--lora-rank{'-fake' if 'fake' in name else ''} {rank}: peft has no adapters for weights sharded inside of nodes and copied across; leave --fsdp out")
     if rank:
         return Lora(source, name, rank, args.lora_alpha or rank, teacher.family["lora"])
     return prepare(args, full_copy(source).float().requires_grad_(True), teacher.device)
@@ -817,7 +819,7 @@ def main(doc, pipelines, embedded):
     if not done:
         return
     table = examine(args, out, teacher, *done) if args.model is None and (teacher.how or world()[0] == 0) else {}
-    weights = [{} if isinstance(net, Lora) else {k: whole(v).cpu() for k, v in net.state_dict().items()} for net, _ in done[0]]
+    weights = [{} if isinstance(net, Lora) else on_rank_0(net.state_dict()) for net, _ in done[0]]
     if world()[0] == 0:
         curves(out)
         write_folder(out.path / "samples", {"samples.safetensors": samples}, teacher.facts)

@@ -11,10 +11,11 @@ from cli import ROOT, Run, stock_difference, succeeded, two_at_a_time
 
 FLAGS = ("offload", "checkpointing", "bf16", "lora")
 COMBINATIONS = [flags for n in range(len(FLAGS) + 1) for flags in itertools.combinations(FLAGS, n)]
+COMBINATIONS += [("nodes", "checkpointing")]                    # each rank a node of its own: shards inside, copies across
 COMBINATIONS += [(*FLAGS, "compile")]                           # which takes as long as three of the others
 
 FIVE = """
-import sys
+import os, sys
 from types import SimpleNamespace
 import torch
 import torch.distributed as dist
@@ -33,6 +34,7 @@ for name in names:
     flags = name.split("+")
     args = SimpleNamespace(grad_checkpointing="checkpointing" in flags, bf16="bf16" in flags, compile="eager" if "compile" in flags else None,
                            lora_alpha=None, head_channels=8)
+    os.environ["LOCAL_WORLD_SIZE"] = "1" if "nodes" in flags else str(ranks)
     how = sharding(True, "offload" in flags, args.bf16, device)
     pipe = pipelines.sd3(blocks=2)
     if rank:                                                    # only rank 0 has weights
