@@ -15,7 +15,6 @@ COMBINATIONS += [("nodes", "checkpointing")]                    # each rank a no
 COMBINATIONS += [(*FLAGS, "compile")]                           # which takes as long as three of the others
 
 
-
 def label(flags):
     return "+".join(flags) or "plain"
 
