@@ -50,9 +50,9 @@ class Draws:
         """U[low, high), [B]."""
         return torch.cat([torch.rand(self.block, generator=g) for g in self.each]).to(self.device, non_blocking=True) * (high - low) + low
 
-    def rows(self, low, high):
-        """Rows of a schedule, uniform over low..high with both ends, LongTensor [B]."""
-        return torch.cat([torch.randint(low, high + 1, (self.block,), generator=g) for g in self.each]).to(self.device, non_blocking=True)
+    def rows(self, low, high, device=None):
+        """Rows of a schedule, uniform over low..high with both ends, LongTensor [B]; on `device`, if the host is to read them without waiting."""
+        return torch.cat([torch.randint(low, high + 1, (self.block,), generator=g) for g in self.each]).to(device or self.device, non_blocking=True)
 
     def index(self, low, high):
         """One integer in low..high, the same on every rank: ranks that share weights must run the same number of passes."""

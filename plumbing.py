@@ -44,6 +44,9 @@ def usage(problems):
     raise SystemExit(2)
 
 
+AT_ONCE = "stopped at once; checkpoints already written are whole"
+
+
 def first_to_fail():
     """Of several ranks only this one speaks; the others' collectives fail because it left, or they stopped for the same reason."""
     try:
@@ -57,7 +60,7 @@ def run(main):
     try:
         return main()
     except KeyboardInterrupt:
-        line, first = "stopped at once; checkpoints already written are whole", first_to_fail()
+        line, first = AT_ONCE, first_to_fail()
     except Exception as e:
         line, first = " ".join(str(e).splitlines()), first_to_fail()
         if "No space left" in line:                             # safetensors says it in an error of its own
@@ -160,8 +163,10 @@ class StopSignal:
             signal.signal(s, self.ask)
 
     def ask(self, number, frame):
-        if self.asked:
-            raise KeyboardInterrupt
+        if self.asked:                                          # not by an exception, which a library in mid-call may turn into one of its own
+            if world()[0] == 0:                                 # torchrun signals all ranks
+                os.write(2, f"\n{Path(sys.argv[0]).name}: {AT_ONCE}\n".encode())
+            os._exit(1)
         self.asked = True
         os.write(2, b"\nstopping after this iteration; once more to stop at once\n")   # print would fail inside another print
 

@@ -518,7 +518,7 @@ def draws_of(args, teacher, stage, iteration):
 
 def micro_batches(args, teacher, stage, iteration):
     """[(draws, cond, uncond), ...] of an iteration of ADM, DMD or Phased DMD."""
-    return [(draws, teacher.cond(draws.rows(0, len(teacher.prompts) - 1)), teacher.uncond(args.batch_size))
+    return [(draws, teacher.cond(draws.rows(0, len(teacher.prompts) - 1, "cpu")), teacher.uncond(args.batch_size))
             for draws in draws_of(args, teacher, stage, iteration)]
 
 
@@ -548,7 +548,7 @@ def run_adp(args, out, teacher, generator, average, facts, checkpoint, look, sto
 
     def batches(iteration):
         for draws in draws_of(args, teacher, 1, iteration):
-            pick = draws.rows(0, len(prompt) - 1).cpu()
+            pick = draws.rows(0, len(prompt) - 1, "cpu")
             yield draws, x_0[pick].to(teacher.device), x_T[pick].to(teacher.device), teacher.cond(prompt[pick])
 
     steps = adp(generator, Taps(teacher.backbone), heads, Taps(vision), pixel_heads, teacher.decode, optimizers, teacher.schedule, teacher.line,

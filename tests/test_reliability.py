@@ -328,8 +328,8 @@ def test_12_one_signal_saves_and_a_second_ends(small, reference, folder):
             run.send(number)
             time.sleep(0.5)
         run.wait()
-        line, = [line for line in run.stderr.splitlines() if line.strip() and "stopping after" not in line]
-        assert run.returncode == 1 and "stopped at once" in line and time.time() - began < 10, run.stderr
+        lines = [line for line in run.stderr.splitlines() if line.strip() and "stopping after" not in line]
+        assert run.returncode == 1 and len(lines) == 1 and "stopped at once" in lines[0] and time.time() - began < 10, run.stderr
         assert not (out / "checkpoints").exists()
 
 
