@@ -1,6 +1,6 @@
 """DMDX: adversarial distillation pre-training (ADP), then Adversarial Distribution Matching (ADM, Algorithm 1).
 
-    python adm.py --out out/adm     # a 2-D teacher distilled to one step, four ways: picture, table, result.json (about 100 s)
+    python adm.py --out out/adm     # a 2-D teacher distilled to one step, four ways: picture, table, result.json (about 75 s)
 
 From arXiv 2507.18569: `adp` and `adm` are the two stages, each one loop that yields once per generator step and knows
 nothing of logging, checkpoints or processes. The letters of the paper:
