@@ -22,10 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import train_cogvideox
 import train_sdxl
 from adm import Draws, adm, adp
-from discriminators import Taps, heads_for, hinge, released
+from discriminators import Taps, hinge, released
 from dry_run import passes, prompt
 from ode import Schedule
-from plumbing import Adam, autocast, quiet, run, sharding, start, usage
+from plumbing import Adam, autocast, checkpointing, quiet, run, sharding, start, usage
 
 ROWS = {**train_sdxl.PIPELINES, **train_cogvideox.PIPELINES}
 # released name -> (its pipeline, the small one's configuration, latent, prompt tokens)
@@ -71,12 +71,11 @@ def literal(generator, fake_score, real_score, heads, optimizers, schedule, rows
 
 
 def seconds(function, device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
     began = time.perf_counter()
     function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    wait()
     return time.perf_counter() - began
 
 
@@ -111,11 +110,9 @@ def adversarial_pretraining(teacher, args, generator, heads, optimizers, schedul
                                                                             global_attn_indexes=[1, 3], window_size=4)))
     vae.requires_grad_(False).to(torch.bfloat16 if args.bf16 else torch.float32)
     if args.grad_checkpointing:
-        train_sdxl.checkpointing(vae)
+        checkpointing(vae)
     autocast(vae, device, args.bf16, "decode"), autocast(vision, device, args.bf16)
-    side = vision.config.image_size
-    pixel_heads = train_sdxl.split_up(teacher, heads_for(vision, torch.zeros(1, 3, side, side), args.head_channels).to(device))
-    autocast(pixel_heads, device, args.bf16)
+    pixel_heads = train_sdxl.pixel_heads(args, teacher, vision)
     pairs = [torch.randn(args.batch_size, *teacher.shape, device=device) for _ in range(2)]
     cond = teacher.uncond(args.batch_size)
     decode = lambda x: vae.decode(x / vae.config.scaling_factor, return_dict=False)[0].float()

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from adm import frozen
 from discriminators import Taps, heads_for, hinge
 from ode import both
-from plumbing import blocks
+from plumbing import blocks, tensors_to
 
 # class of the network -> its conditioning for one sample: {argument: shape}, from its own configuration
 PROMPT = {
@@ -36,9 +36,9 @@ def passes(generator, fake_score, real_score, backbone, heads, x, t, cond, uncon
     taps, guided, ones = Taps(backbone), both(uncond, cond), torch.ones_like
     leaf = lambda x: x.detach().requires_grad_().view_as(x)     # where a gradient ends; the view because FlopCounterMode cannot end at a leaf itself
 
-    def features(gradient):
-        with torch.set_grad_enabled(gradient):
-            return taps(x.detach().requires_grad_(gradient), timestep=t, **cond)
+    @torch.no_grad()
+    def features():
+        return taps(x, timestep=t, **cond)
 
     def learn(net):
         out = run(net, x, t, cond)
@@ -50,8 +50,7 @@ def passes(generator, fake_score, real_score, backbone, heads, x, t, cond, uncon
             out = look(inlet)
             torch.autograd.grad(out, inlet, [ones(o) for o in out] if isinstance(out, list) else ones(out))
 
-    with torch.no_grad():
-        maps = features(False)
+    maps = features()
 
     def critics():
         inlets = [leaf(m) for m in maps]
@@ -68,7 +67,7 @@ def passes(generator, fake_score, real_score, backbone, heads, x, t, cond, uncon
     return {"G samples for f": sampled, "f learns": lambda: learn(fake_score), "G, forward and backward": lambda: learn(generator),
             "f, gradient of its input": lambda: through(fake_score, lambda x: run(fake_score, x, t, cond)),
             "F with guidance": real, "taps of x_fake, with gradient": lambda: through(backbone, lambda x: taps(x, timestep=t, **cond)),
-            "taps of x_real": lambda: features(False), "heads": critics}
+            "taps of x_real": features, "heads": critics}
 
 
 @contextmanager
@@ -117,71 +116,71 @@ def saved_bytes(function, nets, recompute):
     return totals[-1] + (sum(a.numel() * a.element_size() for a in inputs.values()) + max(totals[:-1], default=0) if recompute else 0)
 
 
-def report(args, pipe, family, ranks):
-    """Print the table for these flags. pipe: the pipeline, all of its weights on the meta device."""
-    net = getattr(pipe, family["network"])
-    two = getattr(pipe, "transformer_2", None) is not None      # Wan2.2
-    shape, height, width, _ = family["latent"](pipe, net, args)
-    dtype, bytes_of = torch.bfloat16 if args.bf16 else torch.float32, 2 if args.bf16 else 4
-    net = net.to("meta", dtype).requires_grad_(False)           # buffers as well
-    size = sum(p.numel() for p in net.parameters()) * (1 + two)
-    largest = max((sum(p.numel() for p in b.parameters()) for b in blocks(net)), default=size)
-    outside = size - sum(p.numel() for b in blocks(net) for p in b.parameters()) * (1 + two)
-    constant = {k: tuple(v.to("meta") for v in value) if isinstance(value, tuple) else value for k, value in family["constant"](pipe, shape, height, width).items()}
-    cond = prompt(net, args.batch_size, tokens=args.text_tokens, dtype=dtype)
-    x, t = torch.zeros(args.batch_size, *shape, device="meta", dtype=dtype), torch.zeros(args.batch_size, device="meta")
-    heads = heads_for(net, x[:1].float(), args.head_channels, timestep=t[:1], **prompt(net, 1, tokens=args.text_tokens), **constant).to("meta", dtype)
-    critics = sum(p.numel() for p in heads.parameters())
-
-    def adapter(rank):
-        return sum(rank * (m.in_features + m.out_features) for name, m in net.named_modules()
-                   if isinstance(m, torch.nn.Linear) and name.endswith(tuple(family["lora"]))) * (1 + two)
-
-
-    shards = ranks if args.fsdp else 1
-    frozen_bytes = (size - outside) * bytes_of / shards + outside * bytes_of if args.fsdp or args.cpu_offload else size * bytes_of
-    rows = [("real score and backbone", size, frozen_bytes, 0, 0, 0)]
+def memory_rows(args, pipe, net, heads, family, networks, shards):
+    """[(what, parameters, bytes a rank of weights, gradients, optimizer, EMA), ...] and the bytes of the teacher that lie outside of blocks."""
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    bytes_of, size = 2 if args.bf16 else 4, count(net) * networks
+    outside = (count(net) - sum(map(count, blocks(net)))) * networks
+    inside = size - outside
+    rows = [("real score and backbone", size, (inside / shards + outside) * bytes_of, 0, 0, 0)]
     for name, rank, average in (("generator", args.lora_rank, args.ema > 0), ("fake score", args.lora_rank_fake, False)):
-        n = adapter(rank) if rank else size
-        part = n / (1 if rank else shards)
+        adapted = [m for k, m in net.named_modules() if isinstance(m, torch.nn.Linear) and k.endswith(tuple(family["lora"]))]
+        n = networks * sum(rank * (m.in_features + m.out_features) for m in adapted) if rank else size
+        part = n / (1 if rank else shards)                      # adapters are whole on every rank
         rows.append((f"{name}{f', LoRA {rank}' if rank else ''}", n, 4 * part, 4 * part, 8 * part, 4 * part * average))
-    rows.append(("heads", critics, 4 * critics / shards, 4 * critics / shards, 8 * critics / shards, 0))
-    vae = sum(p.numel() for p in pipe.vae.parameters())
-    rows.append(("VAE", vae, bytes_of * vae, 0, 0, 0))
+    critics = count(heads)
+    rows += [("heads", critics, 4 * critics / shards, 4 * critics / shards, 8 * critics / shards, 0), ("VAE", count(pipe.vae), bytes_of * count(pipe.vae), 0, 0, 0)]
+    return rows, outside * bytes_of
+
+
+def work_and_activations(net, heads, x, t, cond, recompute):
+    """({pass: operations}, {pass: bytes kept for its backward}) of an ADM iteration of one step, each micro-batch."""
+    work, kept = {}, {}
+    for name, function in passes(net, net, net, net, heads, x, t, cond, cond).items():
+        trains = name in ("f learns", "G, forward and backward")
+        net.requires_grad_(trains)
+        with FlopCounterMode(display=False) as counter:
+            function()
+        work[name] = counter.get_total_flops()
+        kept[name] = saved_bytes(function, [net], recompute) if trains or "gradient" in name else 0
+        net.requires_grad_(False)
+        net.zero_grad(), heads.zero_grad()
+    if recompute:
+        work["blocks' forward passes once more, for checkpointing"] = work["G samples for f"] * 3 + work["taps of x_real"]
+    return work, kept
+
+
+def report(args, pipe, family, ranks):
+    """Print the table for these flags -> dict of its sums. pipe: the pipeline, all of its weights on the meta device."""
+    networks = 2 if getattr(pipe, "transformer_2", None) is not None else 1       # Wan2.2 has two
+    net, dtype = getattr(pipe, family["network"]), torch.bfloat16 if args.bf16 else torch.float32
+    shape, height, width, _ = family["latent"](pipe, net, args)
+    constant = tensors_to("meta", family["constant"](pipe, shape, height, width))
+    net = net.to("meta", dtype).requires_grad_(False)           # buffers as well
+    conditioning = lambda n, dtype: prompt(net, n, tokens=args.text_tokens, dtype=dtype) | constant
+    x, t = torch.zeros(args.batch_size, *shape, device="meta", dtype=dtype), torch.zeros(args.batch_size, device="meta")
+    heads = heads_for(net, x[:1].float(), args.head_channels, timestep=t[:1], **conditioning(1, torch.float32)).to("meta", dtype)
+
+    rows, outside = memory_rows(args, pipe, net, heads, family, networks, ranks if args.fsdp else 1)
+    work, kept = work_and_activations(net, heads, x, t, conditioning(args.batch_size, dtype), args.grad_checkpointing)
+    held, size = sum(sum(row[2:]) for row in rows), rows[0][1]
+    offloaded = sum(sum(row[2:]) for row in rows[:-1] if "LoRA" not in row[0]) - outside if args.cpu_offload else 0   # not the VAE
+    largest = max((sum(p.numel() for p in b.parameters()) for b in blocks(net)), default=size)
+    gathered = 2 * largest * dtype.itemsize if args.fsdp or args.cpu_offload else 0
+    activations = max(kept["f learns"], kept["G, forward and backward"] + kept["f, gradient of its input"] + kept["taps of x_fake, with gradient"])
+    device, flop = held - offloaded + gathered + activations, sum(work.values())
 
     gib = lambda b: f"{b / 2**30:10.2f}"
     print(f"{args.model or 'the embedded teacher'}: {' x '.join(map(str, shape))} latents, {height} x {width} pixels, micro-batch {args.batch_size}, {ranks} rank{'s' * (ranks > 1)}\n")
     print(f"{'GiB a rank':32s}{'parameters':>14s}{'weights':>10s}{'gradients':>10s}{'optimizer':>10s}{'EMA':>10s}")
     for name, n, *columns in rows:
         print(f"{name:32s}{n / 1e6:12.1f} M" + "".join(map(gib, columns)))
-    held = sum(sum(row[2:]) for row in rows)
-    offloaded = sum(sum(row[2:]) for row in rows[:-1] if "LoRA" not in row[0]) - outside * bytes_of if args.cpu_offload else 0
-
-    for p in net.parameters():
-        p.requires_grad_(True)
-    work, kept = {}, {}
-    for name, function in passes(net, net, net, net, heads, x, t, cond | constant, cond | constant).items():
-        trains = name in ("f learns", "G, forward and backward")
-        net.requires_grad_(trains)
-        with FlopCounterMode(display=False) as counter:
-            function()
-        work[name] = counter.get_total_flops()
-        kept[name] = saved_bytes(function, [net], args.grad_checkpointing) if trains or "gradient" in name else 0
-        net.requires_grad_(False)
-        for p in (*net.parameters(), *heads.parameters()):
-            p.grad = None
-    recomputed = (work["G samples for f"] * 3 + work["taps of x_real"]) * args.grad_checkpointing
-    activations = max(kept["f learns"], kept["G, forward and backward"] + kept["f, gradient of its input"] + kept["taps of x_fake, with gradient"])
-    gathered = 2 * largest * bytes_of if args.fsdp or args.cpu_offload else 0
     print(f"\n{'held between passes, on the device':42s}{gib(held - offloaded)}")
     print(f"{'gathered blocks, two at a time':42s}{gib(gathered)}")
     print(f"{'activations for the backward pass':42s}{gib(activations)}   ({'blocks recomputed' if args.grad_checkpointing else 'all kept'})")
-    print(f"{'device, at least':42s}{gib(held - offloaded + gathered + activations)}")
+    print(f"{'device, at least':42s}{gib(device)}")
     print(f"{'host, a rank':42s}{gib(offloaded)}   and rank 0 while loading {gib(4 * size).strip()}")
     print("\nnetwork passes of an ADM iteration, one step, one micro-batch" + " " * 12 + "TFLOP")
-    for name, flop in work.items():
-        print(f"  {name:64s}{flop / 1e12:12.4g}")
-    if args.grad_checkpointing:
-        print(f"  {'forward passes of blocks once more, for checkpointing':64s}{recomputed / 1e12:12.4g}")
-    print(f"  {'together':64s}{(sum(work.values()) + recomputed) / 1e12:12.4g}")
-    return dict(parameters=size, device_bytes=held - offloaded + gathered + activations, host_bytes=offloaded, flop=sum(work.values()) + recomputed)
+    for name, operations in (work | {"together": flop}).items():
+        print(f"  {name:64s}{operations / 1e12:12.4g}")
+    return dict(parameters=size, device_bytes=device, host_bytes=offloaded, flop=flop)

@@ -175,6 +175,11 @@ class StopSignal:
         return self.asked
 
 
+def tensors_to(device, values):
+    """Tensors, and tuples of them, moved; what is neither is left."""
+    return {k: v.to(device) if torch.is_tensor(v) else tuple(u.to(device) for u in v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
 def autocast(net, device, enabled, method="forward"):
     """bf16 arithmetic inside a method of net; weights keep their type. Bound to net, so that a deepcopy runs itself, not net."""
     if enabled:
@@ -267,7 +272,7 @@ class Lora(nn.Module):
         base.__dict__["adapted"] = [m for m in base.modules() if isinstance(m, BaseTunerLayer)]
         self.__dict__.update(base=base, name=name, how=(rank, alpha, targets), config=base.config)   # past nn.Module: the base is not a part of this
         for p in self.parameters():                             # also on a bf16 base, and where the base itself rests on the host
-            p.data = p.data.to(base.__dict__["sharded"][2] if "sharded" in base.__dict__ else p.device, torch.promote_types(p.dtype, torch.float32))
+            p.data = p.data.to(device_of(base, p), torch.promote_types(p.dtype, torch.float32))
         for p in (*trained, *self.parameters()):
             p.requires_grad_(True)
         switch(base, None)
@@ -380,6 +385,11 @@ def shard(net, how, device):
             t.data = t.data.to(device)
     net.__dict__["sharded"] = (skeleton, how, device)
     return net
+
+
+def device_of(net, p):
+    """Where a network runs, which need not be where it, or its parameter p, rests."""
+    return net.__dict__["sharded"][2] if "sharded" in net.__dict__ else p.device
 
 
 def materialise(net):

@@ -107,6 +107,16 @@ def coverage_tv(images, reference):
     return 0.5 * (share(images) - share(reference)).abs().sum().item()
 
 
+def marks(images, captions, reference):
+    """The whole report on images [B,3,32,32] drawn for these captions, beside those of a reference -> dict of fractions: accuracy; coverage_tv; precision, of
+    images that are legible, whatever they say; diversity, how often two legible ones of one caption differ in their cell (LPIPS' part in the paper's Tab. 6)."""
+    _, cells = read(images)
+    legible = [(caption, cell) for caption, cell in zip(captions, cells.tolist()) if cell >= 0]
+    pairs = [a[1] != b[1] for a, b in itertools.combinations(sorted(legible), 2) if a[0] == b[0]]
+    return dict(accuracy=accuracy(images, captions), coverage_tv=coverage_tv(images, reference), precision=len(legible) / len(captions),
+                diversity=sum(pairs) / max(len(pairs), 1))
+
+
 # ---------------------------------------------------------------------------------------------------- making the teacher
 
 def tokenizer():

@@ -25,13 +25,13 @@ import torch
 from tqdm import tqdm
 
 import shapes
-from adm import Draws, adm, adp
+from adm import Draws, adm, adp, reflow
 from discriminators import Taps, heads_for
 from ode import Schedule, both, sample
 from phased_dmd import generate, phased_dmd, split
 from plumbing import (Adam, Average, Failure, Lora, NotFinite, Output, StopSignal, autocast, barrier, broadcast, checkpointing, compiled, contact_sheet,
                       curves, full_copy, gather, goodbye, grid, load_checkpoint, newest_checkpoint, on_rank_0, open_tensors, quiet, read_prompts, receive, run,
-                      save_checkpoint, shard, sharding, start, usage, verify, world, write_folder)
+                      save_checkpoint, shard, sharding, start, tensors_to, usage, verify, world, write_folder)
 
 EMBEDDED = Path(__file__).parent / "teacher"
 SHARD = 256                                                     # pairs, or prompts, in a file
@@ -112,15 +112,15 @@ SHAPES = dict(pairs=2048, pair_steps=20, pair_guidance=3.0, iterations_adp=2000,
 SHAPES_PHASED = dict(SHAPES, iterations_phase=150, lr_generator=1e-4, lora_rank=0, accumulate=1)
 
 
-def parse(doc, pipelines, embedded):
-    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, exit_on_error=False)
-    p.error = lambda message: usage([message])
+def flags(p, pipelines, embedded):
+    """Every flag, with the paper's value and its place there."""
     g = p.add_argument_group("what")
     g.add_argument("--model", help="local directory or hub id of a pipeline: " + ", ".join(pipelines) + (
         " (default: the embedded teacher of captioned shapes, which brings settings of its own)" if embedded else ""))
     g.add_argument("--prompts", help="text file, one prompt a line" + (" (default for the embedded teacher: its captions)" if embedded else ""))
-    g.add_argument("--method", choices=["dmdx", "dmd", "phased_dmd"], default="dmdx", help="dmdx: ADP, then ADM. dmd: ADP, then the DMD that ADM "
-                   "replaces (ablation B3). phased_dmd: experts by noise level, neither ADP nor discriminator")
+    g.add_argument("--method", choices=["dmdx", "dmd", "adp", "reflow", "phased_dmd"], default="dmdx", help="dmdx: ADP, then ADM. dmd: ADP, then the DMD "
+                   "that ADM replaces (ablation B3). adp: ADP alone (A5). reflow: squared error on ADP's pairs (A1). phased_dmd: experts by noise "
+                   "level, neither ADP nor discriminator")
     g.add_argument("--stage", choices=["all", "pairs", "adp", "adm"], default="all", help="all: pairs, adp, adm for a student of one step, and adm "
                    "alone for one of more, since ADP is one-step only. adm starts from a finished adp in --out or, without one, from the "
                    "teacher (ablation B1)")
@@ -185,6 +185,12 @@ def parse(doc, pipelines, embedded):
     g.add_argument("--save-every", type=int, default=500)
     g.add_argument("--sample-every", type=int, default=500)
 
+
+def parse(doc, pipelines, embedded):
+    """The command line, with the defaults of the model it names. What is wrong with it is said all at once (usage), before a model that is nowhere (Failure)."""
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, exit_on_error=False)
+    p.error = lambda message: usage([message])
+    flags(p, pipelines, embedded)
     argv, known = [w for w in sys.argv[1:] if w != "--" and not w.endswith("=--")], None   # argparse takes --flag=-- for an empty list
     wrong = [f"{w}: neither a flag nor a value" for w in sys.argv[1:] if w not in argv]
     while known is None:
@@ -208,6 +214,8 @@ def parse(doc, pipelines, embedded):
     if args.iterations is not None:
         args.iterations_adp = args.iterations_adm = args.iterations_phase = args.iterations
     wrong += problems(args, unknown, embedded) + row.get("problems", lambda args: [])(args)
+    if row and (args.steps > 1 or row["last"] is None):
+        wrong += [f"--method {args.method}: for image models and --steps 1 only; use dmdx"] * (args.method in ("adp", "reflow"))
     if wrong:
         usage(wrong)
     if nowhere:
@@ -241,6 +249,8 @@ def problems(args, unknown, embedded):
     wrong += [f"--{name} {low} {high}: LO is above HI" for name, (low, high) in (("guidance", args.guidance), ("clamp", args.clamp)) if not low <= high]
     wrong += ["--lambdas: weights must be 0 or above, one of them above"] * (not (min(args.lambdas) >= 0 and max(args.lambdas) > 0))
     wrong += [f"{flag('steps')}: ADP is one-step only; use --stage adm"] * (args.steps > 1 and args.stage == "adp")
+    wrong += [f"--stage {args.stage} --method {args.method}: that method has no such stage; leave --stage out"] * (
+        args.stage in ("adp", "adm") and args.method not in ("dmdx", "dmd", "phased_dmd"))
     wrong += [f"{flag(n)}: must be a multiple of 32 above 0" for n in ("height", "width") if getattr(args, n) is not None and (getattr(args, n) < 1 or getattr(args, n) % 32)]
     wrong += [f"{flag(n)}: must be above 0" for n in ("text_tokens", "dry_run") if getattr(args, n) is not None and getattr(args, n) < 1]
     wrong += [f"{flag('cfg_student')}: must be above 1"] * (args.cfg_student is not None and not args.cfg_student > 1)
@@ -252,6 +262,15 @@ def problems(args, unknown, embedded):
     wrong += ["--prompts is needed with --model: a text file, one prompt a line"] * (args.model is not None and args.prompts is None and not args.dry_run)
     wrong += [f"{flag('pairs')}: the embedded teacher's table needs at least 2"] * (args.model is None and args.pairs == 1)
     return wrong
+
+
+def stages(args, family):
+    """What this run trains, in order: the names its checkpoints go by."""
+    if args.method == "phased_dmd":
+        return [] if args.stage == "pairs" else [f"phase{k}" for k in range(1, args.phases + 1)]
+    one_step = args.steps == 1 and family["last"] is not None
+    every = ["reflow" if args.method == "reflow" else "adp"] * one_step + ["adm"] * (args.method in ("dmdx", "dmd"))
+    return [stage for stage in every if args.stage in ("all", stage)]
 
 
 # -------------------------------------------------------------------------------------------------------------- teacher
@@ -280,7 +299,7 @@ class Teacher:
         self.shape, self.height, self.width, self.layout = self.family["latent"](pipe, self.net, args)   # layout: what decode must know besides
         self.schedule = self.family.get("schedule", lambda pipe, shape: Schedule.from_diffusers(pipe.scheduler))(pipe, self.shape).to(device)
         self.line = Schedule.straight(self.schedule.T, self.family["last"]).to(device)
-        self.constant = on(device, self.family["constant"](pipe, self.shape, self.height, self.width))
+        self.constant = tensors_to(device, self.family["constant"](pipe, self.shape, self.height, self.width))
         # what pairs and checkpoints are marked with: a hash of up to 2,000 values from each of the teacher's tensors
         some = [p.detach().flatten()[::1 + p.numel() // 1000] for p in self.net.parameters()]
         self.mark = broadcast(some[0].is_meta or hashlib.sha256(torch.cat(some).cpu().numpy().tobytes()).hexdigest()[:16])
@@ -310,22 +329,23 @@ class Teacher:
             print(f"warning: {long} of {len(self.prompts)} prompts are longer than {limit} tokens and are cut there", file=sys.stderr)
         (rank, ranks), n = (world()[0], 1) if self.how else world(), len(self.prompts)
         paths = [out.path / "prompts" / f"{k:05d}" for k in range(math.ceil(n / SHARD))] + [out.path / "prompts" / "empty"]
+        mine = [k for k in range(rank, len(paths), ranks) if not paths[k].exists() and not (self.how and rank)]
+        for name, part in pipe.components.items():
+            if mine and name.startswith("text_encoder") and part is not None:
+                part.to(self.device)
         encode = lambda prompts: self.family["encode"](pipe, prompts, self.height, self.width, self.device, **text_tokens(args))
-        for k in range(rank, len(paths), ranks):
-            if not paths[k].exists() and not (self.how and rank):
-                for name, part in pipe.components.items():
-                    if name.startswith("text_encoder") and part is not None:
-                        part.to(self.device)
-                conds = [encode(self.prompts[i:i + 64])[0] for i in range(k * SHARD, min((k + 1) * SHARD, n), 64)] or [encode(self.prompts[:1])[1]]
-                write_folder(paths[k], {"embeddings.safetensors": flat(reduce(both, conds))}, self.facts)
+        for k in mine:
+            conds = [encode(self.prompts[i:i + 64])[0] for i in range(k * SHARD, min((k + 1) * SHARD, n), 64)] or [encode(self.prompts[:1])[1]]
+            write_folder(paths[k], {"embeddings.safetensors": flat(reduce(both, conds))}, self.facts)
         barrier()
         *self.shards, empty = [open_tensors(path, self.facts, "embeddings.safetensors") for path in paths]
         self.empty = {name: empty.get_tensor(name).to(self.device) for name in empty.keys()}
 
     def cond(self, index):
         """LongTensor [B] of prompts -> the network's conditioning for that batch."""
-        self.drawn += index.tolist()                            # since draws_of: what to name should the iteration fail
-        places = [(self.shards[i // SHARD], i % SHARD) for i in index.tolist()]
+        index = index.tolist()
+        self.drawn += index                                     # since draws_of: what to name should the iteration fail
+        places = [(self.shards[i // SHARD], i % SHARD) for i in index]
         return nested({name: torch.cat([file.get_slice(name)[i:i + 1] for file, i in places]).to(self.device) for name in self.shards[0].keys()}) | self.constant
 
     def uncond(self, n):
@@ -348,11 +368,6 @@ class Teacher:
     @torch.no_grad()
     def images(self, x0, batch=8):
         return torch.cat([self.decode(x.to(self.device)).cpu() for x in x0.split(batch)])
-
-
-def on(device, constant):
-    """Tensors, and tuples of them, moved; what is neither is left."""
-    return {k: v.to(device) if torch.is_tensor(v) else tuple(u.to(device) for u in v) if isinstance(v, tuple) else v for k, v in constant.items()}
 
 
 def flat(cond, prefix=""):
@@ -482,7 +497,7 @@ def collect_pairs(args, out, teacher, stop):
         paths, n = [out.path / "pairs" / f"{k:05d}" for k in range(first, min(first + ranks, shards))], min(SHARD, args.pairs - first * SHARD)
         missing = broadcast([not path.exists() for path in paths])
         if missing[rank:rank + 1] == [True] or any(missing) and (teacher.how or context(args) > 1):   # there every rank is needed for every pass
-            draws = Draws((args.seed, 0), 0, range((first + rank) * SHARD, (first + rank) * SHARD + n), teacher.shape)
+            draws = Draws((args.seed, STREAM["pairs"]), 0, range((first + rank) * SHARD, (first + rank) * SHARD + n), teacher.shape)
             x_T, prompt = draws.normal(), draws.rows(0, len(teacher.prompts) - 1)
             x_0 = teacher.draw(sampler, x_T, prompt, 2 * args.batch_size)
             if missing[rank:rank + 1] == [True] and world()[0] % context(args) == 0:
@@ -507,13 +522,17 @@ def load_pairs(args, out, teacher):
     return tuple(torch.cat([f.get_tensor(k) for f in files])[:args.pairs] for k in ("x_T", "x_0", "prompt"))
 
 
+STREAM = dict(pairs=0, adp=1, reflow=1, adm=2, examine=3, pictures=4)             # of random numbers; phase k's is 10 + k
+
+
 def draws_of(args, teacher, stage, iteration):
     """Draws of each of this rank's micro-batches: the places of its samples in the global batch make their random numbers."""
-    teacher.at, teacher.drawn = f"{['pairs', 'adp', 'adm'][stage] if stage < 3 else f'phase{stage - 10}'}, iteration {iteration}", []
+    teacher.at, teacher.drawn = f"{stage}, iteration {iteration}", []
+    stream = STREAM[stage] if stage in STREAM else 10 + int(stage.removeprefix("phase"))
     rank, ranks = (n // context(args) for n in world())         # ranks that share their samples draw the same
     for m in range(args.accumulate):
         first = (m * ranks + rank) * args.batch_size
-        yield Draws((args.seed, stage), iteration, range(first, first + args.batch_size), teacher.shape, teacher.device)
+        yield Draws((args.seed, stream), iteration, range(first, first + args.batch_size), teacher.shape, teacher.device)
 
 
 def micro_batches(args, teacher, stage, iteration):
@@ -528,31 +547,51 @@ def latent_heads(args, teacher):
     return autocast(split_up(teacher, heads), teacher.device, args.bf16)
 
 
+def pixel_heads(args, teacher, vision):
+    one = torch.zeros(1, 3, vision.config.image_size, vision.config.image_size)
+    heads = heads_for(vision, one, args.head_channels).to(teacher.device)
+    return autocast(split_up(teacher, heads), teacher.device, args.bf16)
+
+
 def split_up(teacher, heads):
     return shard(heads, teacher.how, teacher.device) if teacher.how else heads
 
 
-def run_adp(args, out, teacher, generator, average, facts, checkpoint, look, stop):
-    """Stage `adp` -> False if it was stopped early."""
-    x_T, x_0, prompt = load_pairs(args, out, teacher)
-    torch.manual_seed(args.seed)
-    vision = autocast(load_vision_encoder(args.pixel_backbone, teacher.device), teacher.device, args.bf16)
-    heads = latent_heads(args, teacher)
-    pixel_heads = heads_for(vision, torch.zeros(1, 3, vision.config.image_size, vision.config.image_size), args.head_channels).to(teacher.device)
-    autocast(split_up(teacher, pixel_heads), teacher.device, args.bf16)
-    optimizers = (Adam("generator", generator.parameters(), args.lr_generator_adp, args.clip),
-                  Adam("latent heads", heads.parameters(), args.lr_discriminator, args.clip),
-                  Adam("pixel heads", pixel_heads.parameters(), args.lr_discriminator, args.clip))
-    nets = dict(average.both(), heads=heads, pixel_heads=pixel_heads)
-    begin = load_checkpoint(checkpoint, facts, nets, optimizers)["iteration"] if checkpoint else 0
+def pair_batches(args, teacher, stage, pairs):
+    """-> batches(iteration), [(draws, x_0, x_T, cond), ...] of ADP or A1."""
+    x_T, x_0, prompt = pairs
 
     def batches(iteration):
-        for draws in draws_of(args, teacher, 1, iteration):
+        for draws in draws_of(args, teacher, stage, iteration):
             pick = draws.rows(0, len(prompt) - 1, "cpu")
             yield draws, x_0[pick].to(teacher.device), x_T[pick].to(teacher.device), teacher.cond(prompt[pick])
+    return lambda iteration: list(batches(iteration))
 
-    steps = adp(generator, Taps(teacher.backbone), heads, Taps(vision), pixel_heads, teacher.decode, optimizers, teacher.schedule, teacher.line,
-                lambda i: list(batches(i)), args.iterations_adp, begin, args.lambdas)
+
+def run_reflow(args, out, teacher, generator, average, facts, checkpoint, look, stop):
+    """Stage `reflow`, ablation A1 -> False if it was stopped early."""
+    batches = pair_batches(args, teacher, "reflow", load_pairs(args, out, teacher))
+    optimizer, nets = Adam("generator", generator.parameters(), args.lr_generator_adp, args.clip), average.both()
+    begin = load_checkpoint(checkpoint, facts, nets, (optimizer,))["iteration"] if checkpoint else 0
+    steps = reflow(generator, optimizer, teacher.line, batches, args.iterations_adp, begin)
+    show = lambda name: look(name, [(average.net, teacher.line.rows(1))], teacher.line)
+    return follow(args, out, "reflow", steps, begin, args.iterations_adp, nets, (optimizer,), average, facts, show, stop)
+
+
+def run_adp(args, out, teacher, generator, average, facts, checkpoint, look, stop):
+    """Stage `adp` -> False if it was stopped early."""
+    batches = pair_batches(args, teacher, "adp", load_pairs(args, out, teacher))
+    torch.manual_seed(args.seed)
+    vision = autocast(load_vision_encoder(args.pixel_backbone, teacher.device), teacher.device, args.bf16)
+    heads, d2_heads = latent_heads(args, teacher), pixel_heads(args, teacher, vision)
+    optimizers = (Adam("generator", generator.parameters(), args.lr_generator_adp, args.clip),
+                  Adam("latent heads", heads.parameters(), args.lr_discriminator, args.clip),
+                  Adam("pixel heads", d2_heads.parameters(), args.lr_discriminator, args.clip))
+    nets = dict(average.both(), heads=heads, pixel_heads=d2_heads)
+    begin = load_checkpoint(checkpoint, facts, nets, optimizers)["iteration"] if checkpoint else 0
+
+    steps = adp(generator, Taps(teacher.backbone), heads, Taps(vision), d2_heads, teacher.decode, optimizers, teacher.schedule, teacher.line,
+                batches, args.iterations_adp, begin, args.lambdas)
     show = lambda name: look(name, [(average.net, teacher.line.rows(1))], teacher.line)
     return follow(args, out, "adp", steps, begin, args.iterations_adp, nets, optimizers, average, facts, show, stop)
 
@@ -569,40 +608,43 @@ def run_adm(args, out, teacher, generator, average, student_schedule, facts, che
     found = load_checkpoint(checkpoint, dict(facts, method=args.method), nets, optimizers) if checkpoint else dict(iteration=0, global_iter=0)
     rows = student_schedule.rows(args.steps)
     steps = adm(generator, fake_score, teacher.net, Taps(teacher.backbone), heads, optimizers, teacher.schedule, student_schedule,
-                rows, args.guidance, lambda i: micro_batches(args, teacher, 2, i), args.iterations_adm,
+                rows, args.guidance, lambda i: micro_batches(args, teacher, "adm", i), args.iterations_adm,
                 (found["iteration"], found["global_iter"]), args.ttur, loss="dmd" if args.method == "dmd" else "adm", student_w=args.cfg_student)
     show = lambda name: look(name, [(average.net, rows)], student_schedule)
     return follow(args, out, "adm", steps, found["iteration"], args.iterations_adm, nets, optimizers, average, dict(facts, method=args.method), show, stop)
 
 
-def run_dmdx(args, out, teacher, checkpoint, reached, look, stop):
-    """ADP, then ADM or DMD -> ([(student, rows)], its schedule), or None if it was stopped early or ends before ADM."""
+def run_dmdx(args, out, teacher, todo, checkpoint, reached, look, stop):
+    """ADP or A1, then ADM or DMD, as far as they are in `todo` -> ([(student, rows)], its schedule), or None if it was stopped early or
+    ends before there is a student to export."""
     torch.manual_seed(args.seed)
     generator = trainable(args, teacher, "generator", args.lora_rank)
     average = Average(generator, args.ema, partial(prepare, args, device=teacher.device))
     facts = dict(teacher.facts, steps=args.steps, lora_rank=args.lora_rank, seed=args.seed)
-    if args.stage in ("all", "adp") and args.steps == 1 and teacher.family["last"] and reached != "adm":
-        if not run_adp(args, out, teacher, generator, average, facts, checkpoint, look, stop):
+    if todo[0] != "adm" and reached != "adm":
+        first = run_reflow if todo[0] == "reflow" else run_adp
+        if not first(args, out, teacher, generator, average, facts, checkpoint, look, stop):
             return goodbye(out)
         after_adp = True
+    elif reached == "adm":                                      # perhaps from another --out, where ADP's checkpoint is not
+        after_adp = json.loads((checkpoint / "manifest.json").read_text())["after_adp"]
     else:
         after_adp = newest_checkpoint(out.path / "checkpoints", "adp")
-        if reached == "adm":                                    # perhaps from another --out, where that checkpoint is not
-            after_adp = json.loads((checkpoint / "manifest.json").read_text())["after_adp"]
-        elif after_adp and load_checkpoint(after_adp, facts, average.both(), ())["iteration"] < args.iterations_adp:
+        if after_adp and load_checkpoint(after_adp, facts, average.both(), ())["iteration"] < args.iterations_adp:
             raise Failure(f"{after_adp}: ADP is not finished there; finish it with --stage adp --resume auto, or give its length as --iterations-adp")
     if args.stage == "adp":
         return print("adp is done; go on with --stage adm --resume auto")
     student_schedule = teacher.line if after_adp else teacher.schedule
-    if reached != "adm":
-        average.restart()                                       # ADM starts from what ADP's average had become
-    facts["after_adp"] = bool(after_adp)
-    if not run_adm(args, out, teacher, generator, average, student_schedule, facts, checkpoint if reached == "adm" else None, look, stop):
-        return goodbye(out)
+    if todo[-1] == "adm":
+        if reached != "adm":
+            average.restart()                                   # ADM starts from what ADP's average had become
+        facts["after_adp"] = bool(after_adp)
+        if not run_adm(args, out, teacher, generator, average, student_schedule, facts, checkpoint if reached == "adm" else None, look, stop):
+            return goodbye(out)
     return [(average.net, student_schedule.rows(args.steps))], student_schedule
 
 
-def run_phases(args, out, teacher, checkpoint, reached, look, stop):
+def run_phases(args, out, teacher, todo, checkpoint, reached, look, stop):
     """Phased DMD, noisiest phase first -> ([(expert, rows), ...], the teacher's schedule), or None if it was stopped early."""
     rows, experts = teacher.schedule.rows(args.steps), []
     size = args.steps // args.phases
@@ -612,7 +654,7 @@ def run_phases(args, out, teacher, checkpoint, reached, look, stop):
                                          method=args.method, weighting=args.weighting)
         generator = trainable(args, teacher, stage, args.lora_rank, teacher.units[teacher.part(phase)])
         average = Average(generator, args.ema, partial(prepare, args, device=teacher.device))
-        if reached in [f"phase{j}" for j in range(k + 1, args.phases + 1)]:               # finished before this run
+        if reached in todo[k:]:                                 # finished before this run
             path = newest_checkpoint(out.path / "checkpoints", stage)
             if path is None or load_checkpoint(path, facts, average.both(), ())["iteration"] < args.iterations_phase:
                 raise Failure(f"{out.path}/checkpoints: {stage} is not whole and finished there; give its length as --iterations-phase")
@@ -623,7 +665,7 @@ def run_phases(args, out, teacher, checkpoint, reached, look, stop):
             nets = dict(average.both(), fake_score=fake_score)
             found = load_checkpoint(checkpoint, facts, nets, optimizers) if reached == stage else dict(iteration=0, global_iter=0)
             steps = phased_dmd([*experts, (generator, phase)], fake_score, teacher.net, optimizers, teacher.schedule, args.guidance,
-                               lambda i: micro_batches(args, teacher, 10 + k, i), args.iterations_phase,
+                               lambda i: micro_batches(args, teacher, stage, i), args.iterations_phase,
                                (found["iteration"], found["global_iter"]), args.ttur, args.weighting, args.narrow, args.clamp)
             show = lambda name: look(name, [*experts, (average.net, [*phase[:-1], 0])], teacher.schedule)   # its last jump goes on to 0
             if not follow(args, out, stage, steps, found["iteration"], args.iterations_phase, nets, optimizers, average, facts, show, stop):
@@ -706,8 +748,10 @@ def model_card(args, teacher, folder, without, pipeline, network, facts):
     """What the student is, and the lines that sample it."""
     attribute, lengths = facts["network"], facts["steps"]
     call = ", ".join(f"{k}={v!r}" for k, v in facts["call"].items())
+    counts = {"reflow": (args.iterations_adp, "rectified flow (A1)"), "adp": (args.iterations_adp, "ADP"),
+              "adm": (args.iterations_adm, "DMD" if args.method == "dmd" else "ADM")}
     how = f"{args.iterations_phase} iterations a phase of Phased DMD" if args.method == "phased_dmd" else \
-        (f"{args.iterations_adp} iterations of ADP, " if args.steps == 1 else "") + f"{args.iterations_adm} of {'DMD' if args.method == 'dmd' else 'ADM'}"
+        ", ".join("{} iterations of {}".format(*counts[stage]) for stage in stages(args, teacher.family))
     attribute_of_result, save = teacher.family["result"]
     imports, load, callback = f"from diffusers import {pipeline}", "", ""
     if facts["switch"]:                                         # the pipeline asks after each step which network does the next
@@ -733,19 +777,20 @@ pipe = {pipeline}.from_pretrained({folder}{without})
 
 
 def examine(args, out, teacher, experts, student_schedule):
-    """The embedded run's table -> dict for result.json: caption accuracy, and total variation of places against a thousand teacher samples."""
+    """The embedded run's table -> dict for result.json: shapes.marks of teacher, untrained and student, against a thousand teacher samples."""
     x_T, x_0, prompt = load_pairs(args, out, teacher)
     half = len(prompt) // 2
     captions, reference = [teacher.prompts[i] for i in prompt[:half]], teacher.images(x_0[half:])
-    x = Draws((args.seed, 3), 0, range(half), teacher.shape).normal()
+    x = Draws((args.seed, STREAM["examine"]), 0, range(half), teacher.shape).normal()
     draw = lambda sampler: teacher.images(teacher.draw(sampler, x, prompt[:half], 128))
-    drawn = dict(teacher=teacher.images(x_0[:half]), untrained=draw(teacher.sampler(teacher.schedule.rows(args.steps), args.pair_guidance)),
-                 student=draw(student(args, experts, student_schedule)))
-    table = {name: dict(accuracy=shapes.accuracy(images, captions), coverage_tv=shapes.coverage_tv(images, reference)) for name, images in drawn.items()}
+    rows = dict(teacher=(f"teacher, {args.pair_steps} steps with guidance", teacher.images(x_0[:half])),
+                untrained=(f"teacher, {args.steps} step", draw(teacher.sampler(teacher.schedule.rows(args.steps), args.pair_guidance))),
+                student=(f"student, {args.steps} step", draw(student(args, experts, student_schedule))))
+    table = {name: shapes.marks(images, captions, reference) for name, (_, images) in rows.items()}
     if world()[0] == 0:
-        print(f"\n{'':34s}caption accuracy   coverage TV   ({half} images each)")
-        for name, label in (("teacher", f"teacher, {args.pair_steps} steps with guidance"), ("untrained", f"teacher, {args.steps} step"), ("student", f"student, {args.steps} step")):
-            print(f"{label:34s}{table[name]['accuracy']:16.3f}{table[name]['coverage_tv']:14.3f}")
+        print(f"\n{half} images each".ljust(34) + "caption accuracy   coverage TV   precision   diversity")
+        for name, (label, _) in rows.items():
+            print("{:33s}{accuracy:16.3f}{coverage_tv:14.3f}{precision:12.3f}{diversity:12.3f}".format(label, **table[name]))
     return table
 
 
@@ -761,7 +806,7 @@ def pictures(args, out, teacher):
     """-> look(file, experts, schedule): draw student beside teacher for eight fixed prompts and seeds, or two videos."""
     count = 2 if len(teacher.shape) == 4 else 8
     index = torch.arange(count) * 7 % len(teacher.prompts)
-    x_T = Draws((args.seed, 4), 0, range(count), teacher.shape).normal()
+    x_T = Draws((args.seed, STREAM["pictures"]), 0, range(count), teacher.shape).normal()
     rows = {}
 
     def look(file, experts, schedule):
@@ -787,37 +832,35 @@ def main(doc, pipelines, embedded):
     began, prompts = time.time(), read_prompts(args.prompts) if args.prompts else shapes.CAPTIONS
     device = start(alone=args.fsdp or args.cpu_offload)
     out, stop = Output(args.out, args.resume), StopSignal()
-    stages = [f"phase{k}" for k in range(args.phases, 0, -1)] if args.method == "phased_dmd" else ["adm", "adp"]
-    checkpoint = args.resume and next(filter(None, (newest_checkpoint(out.path / "checkpoints", stage) for stage in stages)), None)
+    todo = stages(args, pipelines[pipeline_class(args.model or EMBEDDED, pipelines)])
+    checkpoint = args.resume and next(filter(None, (newest_checkpoint(out.path / "checkpoints", stage) for stage in reversed(todo))), None)
     reached = checkpoint.name.split("-")[0] if checkpoint else None
-    adp_runs = args.steps == 1 and args.stage in ("all", "adp") and pipelines[pipeline_class(args.model or EMBEDDED, pipelines)]["last"]
     if args.resume not in (None, "auto"):
         reached = verify(args.resume).get("stage")
-        if reached not in stages or reached == "adp" and not adp_runs:
+        if reached not in todo:
             raise Failure(f"--resume {args.resume}: its stage is {reached}, and this run has no such stage; give the flags of the run it belongs to")
         if checkpoint and checkpoint.resolve() != Path(args.resume).resolve():
             raise Failure(f"--resume {args.resume}: --out holds {checkpoint}, with which it would be mixed up; choose another --out, or --resume auto")
         checkpoint = Path(args.resume)
-    if adp_runs and args.method != "phased_dmd" and reached != "adm":
+    if "adp" in todo and reached != "adm":
         load_vision_encoder(args.pixel_backbone)                # what is wrong with it is told before hours of pairs
 
     teacher = Teacher(args, out, prompts, device, pipelines)
     look = pictures(args, out, teacher)
-
-    adp_follows = args.method != "phased_dmd" and args.steps == 1 and args.stage == "all" and teacher.family["last"]
-    if (args.stage == "pairs" or adp_follows or args.model is None) and not collect_pairs(args, out, teacher, stop):
+    of_pairs = args.stage == "all" and todo[0] in ("adp", "reflow")               # --stage adp finds them collected
+    if (args.stage == "pairs" or of_pairs or args.model is None) and not collect_pairs(args, out, teacher, stop):
         return goodbye(out)
     barrier()
     if args.stage == "pairs":
         return print("pairs is done; go on with --stage adp --resume auto")
     try:
-        done = (run_phases if args.method == "phased_dmd" else run_dmdx)(args, out, teacher, checkpoint, reached, look, stop)
+        done = (run_phases if args.method == "phased_dmd" else run_dmdx)(args, out, teacher, todo, checkpoint, reached, look, stop)
     except NotFinite as e:
         drawn = [f"{i + 1} ({textwrap.shorten(prompts[i], 40)})" for i in sorted(set(gather(teacher.drawn)))]
         raise Failure(f"{teacher.at}: {e}, or look at its prompts, by line: {', '.join(drawn)}")
-    samples = look("samples.png", *done) if done else None
     if not done:
         return
+    samples = look("samples.png", *done)
     table = examine(args, out, teacher, *done) if args.model is None and (teacher.how or world()[0] == 0) else {}
     weights = [{} if isinstance(net, Lora) else on_rank_0(net.state_dict()) for net, _ in done[0]]
     if world()[0] == 0:
