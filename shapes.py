@@ -252,12 +252,13 @@ def train_sd3(index, images, iterations, batch=64):
     return pipe
 
 
-def train_vision_encoder(index, images, iterations, lr=1e-3, batch=64):
+def train_vision_encoder(index, images, iterations, lr=1e-3, batch=64, kind="sam"):
     """A small SAM vision encoder that names captions and places: what the pixel discriminator looks through, as the paper's looks
-    through the SAM of the wide world."""
-    from transformers import SamVisionConfig, SamVisionModel
-    net = SamVisionModel(SamVisionConfig(image_size=PX, patch_size=4, hidden_size=48, mlp_dim=96, num_hidden_layers=4, num_attention_heads=4,
-                                         output_channels=48, window_size=0, global_attn_indexes=[0, 1, 2, 3]))
+    through the SAM of the wide world. kind: 'dinov2' for one of that family (ablation A2)."""
+    from transformers import Dinov2Config, Dinov2Model, SamVisionConfig, SamVisionModel
+    small = dict(image_size=PX, patch_size=4, hidden_size=48, num_hidden_layers=4, num_attention_heads=4)
+    net = Dinov2Model(Dinov2Config(**small, mlp_ratio=2)) if kind == "dinov2" else \
+        SamVisionModel(SamVisionConfig(**small, mlp_dim=96, output_channels=48, window_size=0, global_attn_indexes=[0, 1, 2, 3]))
     name, place = torch.nn.Linear(48, len(CAPTIONS)), torch.nn.Linear(48, CELLS**2)
     taps, cells = Taps(net), torch.cat([read(x)[1] for x in images.split(1024)])
     params = [*net.requires_grad_(True).parameters(), *name.parameters(), *place.parameters()]
@@ -266,7 +267,8 @@ def train_vision_encoder(index, images, iterations, lr=1e-3, batch=64):
     for i in range(iterations):
         pick = torch.randint(len(images), (batch,))
         x = images[pick] + 0.2 * torch.rand(batch, 1, 1, 1) * torch.randn(batch, 3, PX, PX)
-        seen = net(taps.see(x)).last_hidden_state.mean((2, 3))                    # [B,48]
+        seen = net(taps.see(x)).last_hidden_state                                 # SAM [B,48,8,8], DINOv2 [B,65,48]
+        seen = seen.mean((2, 3) if seen.dim() == 4 else 1)                        # [B,48]
         loss = F.cross_entropy(name(seen), index[pick]) + F.cross_entropy(place(seen), cells[pick])
         loss.backward()
         opt.step(), opt.zero_grad(), schedule.step()
