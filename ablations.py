@@ -75,6 +75,7 @@ def train(folder, seed, flags, code=HERE):
     if (folder / "result.json").exists():
         return
     log = Path(f"{folder}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w") as file:
         ended = subprocess.run([sys.executable, code / "train_sdxl.py", "--out", folder, "--seed", str(seed), "--resume", "auto", *SETTING, *flags],
                                stdout=file, stderr=file, env=dict(os.environ, OMP_NUM_THREADS="1")).returncode
