@@ -12,21 +12,14 @@ Wherever a generator learns, the backward pass is cut in two at its clean predic
 judges it, then one backward through G. The cut is exact. It keeps gradients out of every judge, leaves no weight
 gradient computed in vain, and makes ADM and DMD the same loop with another dL/dx0_hat.
 """
-import argparse
-import json
-import math
-import time
 from contextlib import contextmanager
-from copy import deepcopy
-from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
-from discriminators import Heads, hinge
-from ode import Mixture, Schedule, predict, sample
+from discriminators import hinge
+from ode import predict, sample
 
 
 class Draws:
@@ -209,177 +202,6 @@ def adm(generator, fake_score, real_score, taps, heads, optimizers, schedule, st
         yield dict(iteration=gen_iter, global_iter=global_iter, **losses)
 
 
-# ------------------------------------------------------------------------------------------------- demo, two dimensions
-
-class Net(nn.Module):
-    """An MLP called as diffusers calls its networks: [B,2] -> [B,2]."""
-
-    def __init__(self, width=256, layers=3):
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(2 + 32, width)] + [nn.Linear(width, width) for _ in range(layers - 1)])
-        self.output = nn.Linear(width, 2)
-        self.register_buffer("waves", torch.pi * 2 ** torch.linspace(-2, 4, 16))
-
-    def forward(self, x, timestep, return_dict=False, features=None):
-        angle = timestep[:, None].to(x.dtype) / 1000 * self.waves                 # [B,16]
-        h = torch.cat([x, angle.sin(), angle.cos()], 1)                           # [B,34]
-        for layer in self.layers:
-            h = F.gelu(layer(h))                                                  # [B,width]
-            if features is not None:
-                features.append(h)
-        return (self.output(h),)
-
-
-class NetTaps(nn.Module):
-    """What discriminators.Taps is to real backbones."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x, timestep):
-        maps = []
-        self.net(x, timestep, features=maps)
-        return maps
-
-
-class Fourier(nn.Module):
-    """In the place of the vision encoder: fixed random waves of the point itself, [B,2] -> one map [B,width]."""
-
-    def __init__(self, width=128):
-        super().__init__()
-        self.register_buffer("waves", torch.randn(2, width // 2))
-
-    def forward(self, x):
-        return [torch.cat([(x @ self.waves).sin(), (x @ self.waves).cos()], 1)]
-
-
-def mlp_heads(count, width, hidden=64):
-    return Heads([nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
-                                nn.Linear(hidden, 1)) for _ in range(count)])
-
-
-def tv_and_precision(x, data, reference):
-    """(total variation between 24x24 histograms over [-3,3]^2, fraction within 3 std of a mode, modes with a tenth of their share)."""
-    histogram = lambda x: np.histogram2d(*x.numpy().T, bins=24, range=[[-3, 3]] * 2)[0] / len(x)
-    distance, mode = torch.cdist(x, data.means).min(1)
-    near = distance < 3 * data.std
-    share = torch.bincount(mode[near], minlength=len(data.means)) / len(x)
-    return dict(tv=float(0.5 * np.abs(histogram(x) - histogram(reference)).sum()), precision=near.float().mean().item(),
-                modes=int((share > 0.1 / len(data.means)).sum()))
-
-
-def closed_form_teacher(data, schedule, steps, draws):
-    """A frozen Net that knows `data`. It regresses the regression's own minimiser, in closed form: minutes of averaging noisy
-    targets fit into seconds, and what a noisy teacher gets wrong its students cannot inherit. draws(i): Draws of step i."""
-    teacher, exact = Net(), data.network(schedule)
-    opt = torch.optim.AdamW(teacher.parameters(), 2e-3, weight_decay=0.0, fused=True)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
-    for i in range(steps):
-        noise = draws(i)
-        t = noise.rows(1, schedule.T)
-        x_t, told = schedule.noise(data.sample(len(t)), noise.normal(), t), schedule.timestep[t]
-        F.mse_loss(teacher(x_t, told)[0], exact(x_t, told)[0]).backward()
-        opt.step(), opt.zero_grad(), decay.step()
-    return teacher.requires_grad_(False)
-
-
-def demo(data, seed, iterations=1500, batch=256, progress=print):
-    """Train a teacher on `data`, then four one-step students. Returns name -> samples [50000,2]. iterations: of ADP."""
-    torch.manual_seed(seed)
-    teacher_schedule, line = Schedule.straight(), Schedule.straight()
-    draws = lambda stage, i: Draws((seed, stage), i, [0], (2,), block=batch)
-    adam = lambda net, lr: torch.optim.AdamW(net.parameters(), lr, betas=(0.0, 0.99), weight_decay=0.0, fused=True)
-    one_step, test = [line.T, 0], torch.randn(50_000, 2)
-    samples, third = {}, math.ceil(iterations / 3)
-
-    def student(net, opt, steps, loop):
-        """Run a stage to its end; an adversary's pupil never sits still, so its rate falls to zero and its weights are averaged."""
-        average, rate = deepcopy(net).requires_grad_(False), opt.param_groups[0]["lr"]
-        for losses in loop:
-            torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 0.01)
-            opt.param_groups[0]["lr"] = rate * (1 - losses["iteration"] / steps)
-        return average
-
-    @torch.no_grad()
-    def keep(name, net, rows):
-        samples[name] = sample(net, line, test, rows, {}, order=2)                # one step is first order
-        progress(name, samples[name])
-
-    teacher = closed_form_teacher(data, teacher_schedule, 5 * third, lambda i: draws(0, i))
-    keep("teacher", teacher, line.rows(20))
-
-    x_T = torch.randn(20_000, 2)
-    with torch.no_grad():
-        x_0 = sample(teacher, teacher_schedule, x_T, line.rows(20), {}, order=2)
-
-    def pairs(i):
-        noise = draws(1, i)
-        pick = (noise.uniform() * len(x_T)).long()
-        return [(noise, x_0[pick], x_T[pick], {})]
-
-    def network(source, lr):
-        net = deepcopy(source).requires_grad_(True)
-        return net, adam(net, lr)
-
-    net, opt = network(teacher, 1e-3)
-    keep("a1", student(net, opt, third, reflow(net, opt, line, pairs, third)), one_step)
-
-    net, opt = network(teacher, 3e-4)
-    heads, pixel, pixel_heads = mlp_heads(3, 256), Fourier(), mlp_heads(1, 128)
-    pretrained = student(net, opt, iterations, adp(net, NetTaps(teacher), heads, pixel, pixel_heads, lambda x: x,
-                                                   (opt, adam(heads, 1e-3), adam(pixel_heads, 1e-3)), teacher_schedule, line, pairs, iterations))
-    keep("adp", pretrained, one_step)
-
-    for name, loss, lr in (("dmdx", "adm", 3e-5), ("dmd", "dmd", 1e-4)):
-        (net, opt), (fake, fake_opt), heads = network(pretrained, lr), network(teacher, 1e-3), mlp_heads(3, 256)
-        keep(name, student(net, opt, third, adm(net, fake, teacher, NetTaps(teacher), heads, (opt, fake_opt, adam(heads, 3e-3)), teacher_schedule,
-                                         line, one_step, (1.0, 1.0), lambda i: [(draws(2, i), {}, {})], third, loss=loss)), one_step)
-    return samples
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", choices=["ring", "grid"], default="ring", help="eight Gaussians on a circle, or twenty-five on a grid")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="out/adm", help="folder for the picture and result.json")
-    parser.add_argument("--iterations", type=int, default=1500, help="generator steps of ADP; A1, ADM and DMD get a third as many, the teacher five thirds")
-    parser.add_argument("--batch-size", type=int, default=256, help="samples a step")
-    args = parser.parse_args()
-    if args.batch_size < 1:
-        parser.error(f"--batch-size {args.batch_size}: must be above 0")
-    if args.iterations < 1:
-        parser.error(f"--iterations {args.iterations}: must be above 0")
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    torch.set_num_threads(1)                                    # matrices this small are slower on two
-    began, out = time.time(), Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    data = getattr(Mixture, args.data)()
-    reference = data.sample(50_000, torch.Generator().manual_seed(args.seed))
-    labels = dict(data="data", teacher="teacher, 20 steps", a1="A1: squared error, 1 step", adp="ADP, 1 step", dmdx="DMDX (ADP, ADM), 1 step",
-                  dmd="ADP, DMD, 1 step")
-    result = {}
-
-    def progress(name, x):
-        result[name] = tv_and_precision(x, data, reference)
-        print(f"{labels[name]:28s}{result[name]['tv']:8.3f}{result[name]['precision']:11.3f}{result[name]['modes']:7d}{time.time() - began:9.0f}", flush=True)
-
-    print(f"{'':28s}{'tv':>8s}{'precision':>11s}{'modes':>7s}{'seconds':>9s}")
-    progress("data", data.sample(50_000, torch.Generator().manual_seed(args.seed + 1)))
-    samples = dict(data=reference, **demo(data, args.seed, args.iterations, args.batch_size, progress))
-    figure, axes = plt.subplots(1, 6, figsize=(16, 3.1), layout="constrained")
-    for (name, x), ax in zip(samples.items(), axes):
-        ax.plot(*x[:6000].T, ",", color="k" if name == "data" else "C0")
-        ax.set(xlim=(-3, 3), ylim=(-3, 3), xticks=[], yticks=[], aspect="equal", title=f"{labels[name]}\ntv {result[name]['tv']:.2f}")
-        ax.title.set_fontsize(9)
-    figure.savefig(out / "adm.png", dpi=110)
-    del result["data"]
-    (out / "result.json").write_text(json.dumps(dict(modes=len(data.means), seconds=time.time() - began, **result), indent=1))
-    print(f"wrote {out}/adm.png and {out}/result.json")
-
-
 if __name__ == "__main__":
-    main()
+    import toys                                                 # two dimensions
+    toys.adm_demo(__doc__)

@@ -26,7 +26,7 @@ from diffusers import (CogVideoXPipeline, DPMSolverMultistepScheduler, StableDif
                        StableDiffusionXLPipeline, UniPCMultistepScheduler)
 from transformers import Dinov2Model, SamVisionModel  # noqa: E402, F401
 
-import phased_dmd, plumbing, shapes  # noqa: E401, E402, F401
+import phased_dmd, plumbing, shapes, toys  # noqa: E401, E402, F401
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["cli"])

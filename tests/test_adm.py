@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from adm import Draws, Fourier, Net, NetTaps, adm, adp, dmd_gradient, frozen, mlp_heads, reflow, score_loss
+from adm import Draws, adm, adp, dmd_gradient, frozen, reflow, score_loss
 from discriminators import Heads, hinge
 from ode import Mixture, Schedule, predict, sample
+from toys import Fourier, Net, NetTaps, mlp_heads
 
 SHAPE, BATCH = (2,), 6
 

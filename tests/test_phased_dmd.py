@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from adm import Draws, Net, adm, dmd_gradient, score_loss
+from adm import Draws, adm, dmd_gradient, score_loss
 from cli import ROOT, Run, succeeded
 from ode import Mixture, Schedule, families
-from phased_dmd import biased_loss, bridge, generate, interpolant, kl_gradient, phased_dmd, scaled_target, split, subinterval_loss
+from phased_dmd import bridge, generate, interpolant, kl_gradient, phased_dmd, scaled_target, split, subinterval_loss
+from toys import Net, biased_loss
 
 BATCH = 6
 SCHEDULES = {"eps": "SDXL (eps)", "v": "CogVideoX-2b (v)", "flow": "SD3 (flow)"}
