@@ -1,6 +1,11 @@
 """DMDX: adversarial distillation pre-training (ADP), then Adversarial Distribution Matching (ADM, Algorithm 1).
 
-    python adm.py --out out/adm     # a 2-D teacher distilled to one step, four ways: picture, table, result.json (about 75 s)
+    python adm.py --out out/adm     # a 2-D teacher distilled to one step, four ways: picture, table, result.json (about 75 s, in toys.py)
+
+                                           tv  precision  modes
+        teacher, 20 steps               0.062       0.98      8
+        ADP, 1 step                     0.325       0.91      8
+        DMDX (ADP, ADM), 1 step         0.277       0.92      8
 
 From arXiv 2507.18569: `adp` and `adm` are the two stages, each one loop that yields once per generator step and knows
 nothing of logging, checkpoints or processes. The letters of the paper:

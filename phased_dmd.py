@@ -1,6 +1,8 @@
 """Phased DMD: one expert per interval of noise, each trained by distribution matching inside its own interval.
 
-    python phased_dmd.py --out out/phased_dmd     # the paper's 1-D toy, then Phased DMD beside DMD: picture, table, result.json
+    python phased_dmd.py --out out/phased_dmd     # the paper's 1-D toy, then Phased DMD beside DMD: picture, table, result.json (in toys.py)
+
+        mean squared error of the velocity on (0.5, 1]: full interval 0.0007, unbiased subinterval 0.0012, biased 0.085
 
 From arXiv 2510.27684. The rows T = t_0 > t_1 > ... > t_K = 0 (row 0 clean, counted down as in the paper) cut the noise
 into K phases. Expert k carries p(x at row t_{k-1}) to p(x at row s = t_k); `phased_dmd` trains one of them, below frozen

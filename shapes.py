@@ -2,6 +2,7 @@
 marks any student's homework. It exists so that the main job needs no download and no learned metric.
 
     python shapes.py                        # mark the shipped teacher: accuracy, coverage, a picture (a minute)
+    >   teacher, 25 steps: caption accuracy 0.976   coverage TV between halves 0.083
     python shapes.py --train --out teacher  # train it again from nothing (about an hour on two cores)
     python shapes.py --mark out/x/export    # mark a student, or any other pipeline that draws these captions, as its model card samples it
 
@@ -10,7 +11,6 @@ caption accuracy (is what was asked for there?) plays the part CLIP score plays 
 between the places drawn by student and teacher plays the part of diversity.
 """
 import argparse
-import ast
 import itertools
 import json
 import math
@@ -287,14 +287,6 @@ def mark(pipe, n=576, seed=0, **call):
     return accuracy(images, captions), images
 
 
-def sampled_as_its_card_says(folder):
-    """An exported student (of one network) -> (pipeline, the arguments of the call in its model card)."""
-    from diffusers import DiffusionPipeline
-    code = ast.parse((folder / "README.md").read_text().split("```python\n")[1].split("```")[0])
-    calls = {ast.unparse(c.func).split(".")[-1]: {k.arg: ast.literal_eval(k.value) for k in c.keywords} for c in ast.walk(code) if isinstance(c, ast.Call)}
-    return DiffusionPipeline.from_pretrained(folder, use_safetensors=True, **calls["from_pretrained"]).to(torch.float32), calls["pipe"]
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", action="store_true", help="train the teacher and save it under --out")
@@ -331,7 +323,8 @@ def main():
         return
 
     if args.mark:
-        pipe, call = sampled_as_its_card_says(Path(args.mark))
+        from sample import load_student
+        pipe, call = load_student(args.mark)
         right, images = mark(pipe, args.samples, seed=args.seed, **call)
         result = dict(accuracy=right, samples=args.samples)
         (out / "result.json").write_text(json.dumps(result))

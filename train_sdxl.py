@@ -7,6 +7,12 @@
     torchrun --nproc-per-node 8 train_sdxl.py --model ... (the same flags)                    # eight
     python train_sdxl.py --model stabilityai/stable-diffusion-3-medium-diffusers ...          # SD3, SD3.5: four steps
 
+The first command ends with a table (seed 0):
+
+                                          caption accuracy   coverage TV
+        teacher, 20 steps with guidance              0.980         0.070
+        student, 1 step                              0.887         0.129
+
 Writes to --out: prompts/, pairs/, checkpoints/, metrics.jsonl, losses.png, samples.png, result.json, and export/, a
 pipeline that stock diffusers samples.
 """

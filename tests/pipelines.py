@@ -39,6 +39,18 @@ def image_vae(channels, shift):
                          use_post_quant_conv=not shift, scaling_factor=1.5305 if shift else 0.13025, shift_factor=0.0609 if shift else None)
 
 
+def sd15():
+    """Stable Diffusion 1.5's, for the worked experiment that adds a family."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    torch.manual_seed(0)
+    tok = clip_tokenizer()
+    unet = UNet2DConditionModel(sample_size=16, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, cross_attention_dim=16, attention_head_dim=8,
+                                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    return StableDiffusionPipeline(vae=image_vae(4, False).eval(), text_encoder=clip_text(tok, 16, False).eval(), tokenizer=tok, unet=unet.eval(),
+                                   scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+
+
 def sd3(kind="medium", with_t5=True, blocks=None):
     """kind: 'medium', '3.5-medium' (dual attention, normalised queries and keys) or '3.5-large' (38 blocks). 16x16 latents. blocks: fewer than theirs."""
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline

@@ -1,0 +1,114 @@
+"""Why this file exists: the metrics of the papers, for folders of real images, by the libraries that are kept for them, from local weights. All optional.
+
+    pip install torchmetrics torch-fidelity torchvision           # for FID and LPIPS; CLIP needs nothing more
+    python quality.py out/sample/student --prompts prompts.txt --clip clip-vit-large-patch14
+    python quality.py out/sample/student --reference out/sample/teacher --inception weights-inception-2015-12-05-6726825d.pth
+    python quality.py out/seed0 out/seed1 --lpips alexnet-owt-7be5be79.pth        # the same prompts with other seeds: diversity
+
+Pictures are taken in the order of their names; sample.py writes them in the order of its prompts.
+"""
+import argparse
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from plumbing import Failure, quiet, read_prompts, run
+
+
+def pictures(folder):
+    """Folder of PNG or JPEG -> list of PIL images, by name. Raises Failure if there are none."""
+    from PIL import Image
+    files = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
+    if not files:
+        raise Failure(f"{folder}: no PNG or JPEG files there; give a folder of pictures")
+    return [Image.open(p).convert("RGB") for p in files]
+
+
+def tensor(images):
+    """PIL images of one size -> uint8 [B,3,H,W]."""
+    return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
+
+
+@torch.no_grad()
+def clip_score(images, prompts, folder, batch=32):
+    """Mean cosine between picture and prompt, times 100 (the papers' CLIP score). Raises Failure if there are fewer prompts than pictures."""
+    from transformers import CLIPModel, CLIPProcessor
+    if len(prompts) != len(images):
+        raise Failure(f"--prompts: {len(prompts)} prompts for {len(images)} pictures; give one a picture")
+    model, processor, scores = CLIPModel.from_pretrained(folder).eval(), CLIPProcessor.from_pretrained(folder), []
+    for i in range(0, len(images), batch):
+        out = model(**processor(text=prompts[i:i + batch], images=images[i:i + batch], return_tensors="pt", padding=True, truncation=True))
+        scores += (100 * (out.image_embeds * out.text_embeds).sum(1)).tolist()    # both of unit length
+    return sum(scores) / len(scores)
+
+
+@torch.no_grad()
+def fid(images, reference, weights, batch=32):
+    """Frechet distance between two sets of pictures in Inception's features; sets under some thousands are not comparable with published values."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    metric = FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=weights)
+    for real, pictures_of in ((False, images), (True, reference)):
+        for i in range(0, len(pictures_of), batch):
+            metric.update(tensor(pictures_of[i:i + batch]), real=real)
+    return metric.compute().item()
+
+
+@torch.no_grad()
+def lpips_diversity(folders, weights):
+    """Mean LPIPS between pictures of one prompt drawn with different seeds (ADM Tab. 6): larger is more diverse. folders: [[picture of each prompt], ...]."""
+    from torchmetrics.functional.image import learned_perceptual_image_patch_similarity
+    if len({len(images) for images in folders}) > 1 or len(folders) < 2:
+        raise Failure("--lpips: give two folders or more, one a seed, with as many pictures each")
+    distances = []
+    with tempfile.TemporaryDirectory() as home:                 # torchvision looks for its weights there, and nowhere else
+        (Path(home) / "hub" / "checkpoints").mkdir(parents=True)
+        shutil.copy(weights, Path(home) / "hub" / "checkpoints" / "alexnet-owt-7be5be79.pth")
+        os.environ["TORCH_HOME"] = home
+        for of_prompt in zip(*folders):
+            x = tensor(of_prompt).float() / 127.5 - 1
+            for i in range(len(x)):
+                for j in range(i):
+                    distances.append(learned_perceptual_image_patch_similarity(x[i:i + 1], x[j:j + 1], net_type="alex").item())
+    return sum(distances) / len(distances)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("images", nargs="+", help="folder of pictures; for --lpips one a seed")
+    p.add_argument("--prompts", help="text file, one a picture")
+    p.add_argument("--clip", metavar="FOLDER", help="a CLIP model of transformers (papers: their choice differs; say which you used)")
+    p.add_argument("--reference", metavar="FOLDER", help="pictures to compare with")
+    p.add_argument("--inception", metavar="FILE", help="torch-fidelity's weights of Inception")
+    p.add_argument("--lpips", metavar="FILE", help="torchvision's weights of AlexNet")
+    p.add_argument("--out", default="out/quality", help="folder for result.json")
+    args = p.parse_args()
+    if bool(args.clip) != bool(args.prompts) or bool(args.inception) != bool(args.reference) or not (args.clip or args.inception or args.lpips):
+        p.error("give --clip with --prompts, --inception with --reference, or --lpips")
+    for flag in ("clip", "inception", "lpips"):
+        if getattr(args, flag) and not Path(getattr(args, flag)).exists():
+            raise Failure(f"--{flag} {getattr(args, flag)}: not there; download it first")
+    quiet()
+    folders = [pictures(folder) for folder in args.images]
+    result = dict(pictures=len(folders[0]))
+    try:
+        if args.clip:
+            result["clip"] = clip_score(folders[0], read_prompts(args.prompts), args.clip)
+        if args.inception:
+            result["fid"] = fid(folders[0], pictures(args.reference), args.inception)
+        if args.lpips:
+            result["lpips"] = lpips_diversity(folders, args.lpips)
+    except ImportError as e:
+        raise Failure(f"{e.name or e}: missing; pip install torchmetrics torch-fidelity torchvision") from e
+    for name, value in result.items():
+        print(f"{name:10s}{value:10.4f}" if isinstance(value, float) else f"{name:10s}{value:10d}")
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    (Path(args.out) / "result.json").write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    run(main)
