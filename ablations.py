@@ -113,7 +113,8 @@ def another_backbone(folder, iterations):
         import shapes
         torch.manual_seed(0)
         torch.set_num_threads(1)
-        shapes.train_vision_encoder(*shapes.every_drawing(), iterations, kind="dinov2").save_pretrained(folder)
+        shapes.train_vision_encoder(*shapes.every_drawing(), iterations, kind="dinov2").save_pretrained(f"{folder}.new")
+        Path(f"{folder}.new").rename(folder)
 
 
 def table(results):

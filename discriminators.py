@@ -253,7 +253,7 @@ def main():
             x = schedule.noise(x0, eps, i)
             shown = [((pipe.vae.decode(x / scale).sample[0] + 1) / 2).clamp(0, 1).permute(1, 2, 0)]
             shown += [f[0].square().mean(0).sqrt() for f in taps(x, timestep=schedule.timestep[i], **cond)]
-            for ax, image, name in zip(row, shown, ["x_t, decoded"] + ["down 1", "down 2", "down 3", "mid", "up 1", "up 2", "up 3"]):
+            for ax, image, name in zip(row, shown, ["x_t"] + ["down 1", "down 2", "down 3", "mid", "up 1", "up 2", "up 3"]):
                 ax.imshow(image)
                 ax.set(xticks=[], yticks=[], title=f"{name}, t = {i}" if name.startswith("x") else name)
     figure.suptitle("what the seven heads of the latent discriminator are given (root mean square over channels)")

@@ -6,8 +6,10 @@ import sys
 
 import pytest
 from safetensors.torch import load_file
+from torch.testing import assert_close
 
-from cli import Run, failed, stock_difference, succeeded, two_at_a_time
+from cli import ROOT, Run, failed, stock_difference, succeeded, two_at_a_time
+from sample import load_student
 from sdxl import PHASED, PROMPTS, command, same, stop_when, train, weights
 
 VARIANTS = {
@@ -64,6 +66,21 @@ def test_model_card_snippet_runs(finished, tmp_path):
     assert len(snippet.splitlines()) <= 5
     succeeded(Run("-c", snippet, folder=tmp_path).wait())
     assert (tmp_path / "sample.png").exists()
+
+
+def test_sample_draws_student_beside_teacher(small, finished, phased, tmp_path):
+    """And the experts of Phased DMD switch as they do by the card."""
+    succeeded(Run(ROOT / "sample.py", finished / "export", "--teacher", small / "model", "--prompts", small / "prompts.txt", "--steps", "2", "--out", tmp_path).wait())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["result.json", "samples.png", "student", "teacher"]
+    assert all(len(list((tmp_path / who).glob("*.png"))) == len(PROMPTS) for who in ("student", "teacher"))
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["student"]["steps"] == 1 and result["teacher"]["steps"] == 2 and result["student"]["seconds"] > 0
+    pipe, call = load_student(phased / "export")
+    kept = load_file(phased / "samples" / "samples.safetensors")
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe([PROMPTS[i] for i in kept["prompt"]], latents=kept["x_T"], output_type="pt", **call).images * 2 - 1
+    assert_close(images, kept["images"].clamp(-1, 1), rtol=0, atol=1e-4)
+    failed(Run(ROOT / "sample.py", finished, "--out", tmp_path / "no").wait(), 1, "not an exported student", "export/")
 
 
 def test_phased_dmd_stopped_and_resumed_is_bit_equal(small, phased, tmp_path):
