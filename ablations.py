@@ -127,7 +127,7 @@ def table(results):
         for key in keys:
             values, digits = figures.get(key, []), 0 if key == "seconds" else 3
             cells.append(f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "".join(f"{v:.{digits}f}" for v in values))
-        lines.append(f"| {name} | {what} | " + " | ".join(cells) + f" | {paper or ''} |")
+        lines.append(f"| {name} | {what} | " + " | ".join(cells) + f" | {f'{paper:.2f}' if paper else ''} |")
     return "\n".join(lines)
 
 
@@ -173,7 +173,7 @@ def tables(args, out, results):
     for k, name in enumerate(n for n in ("B1", "B4", "TTUR 8") if n in names):
         for seed in args.seeds:
             recorded.plot(*zip(*losses(folders[seed, name], "adm")["adm: dmd"]), color=f"C{k}", alpha=0.6, label=name if seed == args.seeds[0] else None)
-    recorded.set(title="DMD loss, recorded during ADM (Fig. 3)", xlabel="iteration", yscale="log")
+    recorded.set(title="DMD loss during ADM (Fig. 3)", xlabel="iteration", yscale="log")
     recorded.legend()
     figure.savefig(results / "ablations.png", dpi=90)
 
@@ -183,7 +183,7 @@ def gallery(args, out, results):
     from safetensors.torch import load_file
     twins = dict.fromkeys(follow for name in FAILURES for follow in (ROWS[FAILURES[name][0]][3], FAILURES[name][0]) if follow)
     jobs = [(0, name, *ROWS[name][2:]) for name in twins]
-    jobs += [(0, name, flags, None, *[patched(out, diff)] * bool(diff)) for name, (_, flags, diff) in FAILURES.items()]
+    jobs += [(0, name, flags, None, patched(out, diff) if diff else HERE) for name, (_, flags, diff) in FAILURES.items()]
     folders = trained(args, out, jobs)
     plt, facts = pyplot(), {}
     figure, axes = plt.subplots(len(FAILURES), 6, figsize=(15, 2.5 * len(FAILURES)), layout="constrained", width_ratios=(1.2, 1.2, 1, 1, 1, 1))

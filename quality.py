@@ -105,7 +105,7 @@ def main():
     except ImportError as e:
         raise Failure(f"{e.name or e}: missing; pip install torchmetrics torch-fidelity torchvision") from e
     for name, value in result.items():
-        print(f"{name:10s}{value:10.4f}" if isinstance(value, float) else f"{name:10s}{value:10d}")
+        print(f"{name:10s}{value:12.5g}" if isinstance(value, float) else f"{name:10s}{value:12d}")
     Path(args.out).mkdir(parents=True, exist_ok=True)
     (Path(args.out) / "result.json").write_text(json.dumps(result, indent=1))
 
