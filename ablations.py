@@ -40,13 +40,14 @@ ROWS = {
     "SGTS": ("four steps, DMD, 80 iterations", None, f"--method dmd --iterations-adm 80 {FOUR_STEPS}", None),
     "Phased DMD": ("four steps, two experts, 40 each", None, "--method phased_dmd --iterations-phase 40", None),
 }
+LONGER = {"Phased DMD, longer": ("four steps, two experts, 150 each", None, "--method phased_dmd", None)}
 # what goes wrong -> (its healthy twin, flags, a change of the code where flags cannot do it)
 FAILURES = {
     "D too strong": ("A5", "--method adp --lr-discriminator 3e-2 --lr-generator-adp 3e-5", None),
     "no ADP": ("B4", WITHOUT_ADP, None),
     "guidance the wrong way round": ("SGTS", f"--method dmd --iterations-adm 80 {FOUR_STEPS} --guidance -3 -1", None),   # w counted from the prompt: 1 - w
     "stale fake score": ("SGTS", f"--method dmd --iterations-adm 80 {FOUR_STEPS} --lr-fake 1e-9", None),
-    "biased subinterval target": ("Phased DMD", "--method phased_dmd --iterations-phase 40", "biased_target.diff"),
+    "biased subinterval target": ("Phased DMD, longer", "--method phased_dmd", "biased_target.diff"),
 }
 
 
@@ -181,8 +182,9 @@ def tables(args, out, results):
 def gallery(args, out, results):
     """Each failure beside its healthy twin: four samples and all losses of both."""
     from safetensors.torch import load_file
-    twins = dict.fromkeys(follow for name in FAILURES for follow in (ROWS[FAILURES[name][0]][3], FAILURES[name][0]) if follow)
-    jobs = [(0, name, *ROWS[name][2:]) for name in twins]
+    rows = ROWS | LONGER
+    twins = dict.fromkeys(name for twin, *_ in FAILURES.values() for name in (rows[twin][3], twin) if name)     # and what they go on from
+    jobs = [(0, name, *rows[name][2:]) for name in twins]
     jobs += [(0, name, flags, None, patched(out, diff) if diff else HERE) for name, (_, flags, diff) in FAILURES.items()]
     folders = trained(args, out, jobs)
     plt, facts = pyplot(), {}
