@@ -136,7 +136,7 @@ def losses(folder, stage=None):
     """{loss: [(iteration, value), ...]} from a run's metrics.jsonl."""
     rows, found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()], {}
     for row in rows:
-        for key in row.keys() - {"stage", "seconds", "iteration", "global_iter"} if stage in (None, row["stage"]) else ():
+        for key in [k for k in row if k not in ("stage", "seconds", "iteration", "global_iter") and stage in (None, row["stage"])]:
             found.setdefault(f"{row['stage']}: {key}", []).append((row["iteration"], row[key]))
     return found
 
