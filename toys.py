@@ -97,13 +97,13 @@ def closed_form_teacher(data, schedule, steps, draws):
     return teacher.requires_grad_(False)
 
 
-def four_students(data, seed, iterations=1500, batch=256, progress=print):
-    """Train a teacher on `data`, then four one-step students. Returns name -> samples [50000,2]. iterations: of ADP."""
+def four_students(data, seed, iterations=1500, batch=256, count=50_000, progress=print):
+    """Train a teacher on `data`, then four one-step students. Returns name -> samples [count,2]. iterations: of ADP."""
     torch.manual_seed(seed)
     teacher_schedule, line = Schedule.straight(), Schedule.straight()
     draws = lambda stage, i: Draws((seed, stage), i, [0], (2,), block=batch)
     adam = lambda net, lr: torch.optim.AdamW(net.parameters(), lr, betas=(0.0, 0.99), weight_decay=0.0, fused=True)
-    one_step, test = [line.T, 0], torch.randn(50_000, 2)
+    one_step, test = [line.T, 0], torch.randn(count, 2)
     samples, third = {}, math.ceil(iterations / 3)
 
     def student(net, opt, steps, loop):
@@ -158,11 +158,12 @@ def adm_demo(doc):
     parser.add_argument("--out", default="out/adm", help="folder for the picture and result.json")
     parser.add_argument("--iterations", type=int, default=1500, help="generator steps of ADP; A1, ADM and DMD get a third as many, the teacher five thirds")
     parser.add_argument("--batch-size", type=int, default=256, help="samples a step")
+    parser.add_argument("--samples", type=int, default=50_000, help="drawn of each for table and picture")
     args = parser.parse_args()
     if args.batch_size < 1:
         parser.error(f"--batch-size {args.batch_size}: must be above 0")
-    if args.iterations < 1:
-        parser.error(f"--iterations {args.iterations}: must be above 0")
+    if min(args.iterations, args.samples) < 1:
+        parser.error("--iterations and --samples must be above 0")
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -171,7 +172,7 @@ def adm_demo(doc):
     began, out = time.time(), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     data = getattr(Mixture, args.data)()
-    reference = data.sample(50_000, torch.Generator().manual_seed(args.seed))
+    reference = data.sample(args.samples, torch.Generator().manual_seed(args.seed))
     labels = dict(data="data", teacher="teacher, 20 steps", a1="A1: squared error, 1 step", adp="ADP, 1 step", dmdx="DMDX (ADP, ADM), 1 step",
                   dmd="ADP, DMD, 1 step")
     result = {}
@@ -181,8 +182,8 @@ def adm_demo(doc):
         print(f"{labels[name]:28s}{result[name]['tv']:8.3f}{result[name]['precision']:11.3f}{result[name]['modes']:7d}{time.time() - began:9.0f}", flush=True)
 
     print(f"{'':28s}{'tv':>8s}{'precision':>11s}{'modes':>7s}{'seconds':>9s}")
-    progress("data", data.sample(50_000, torch.Generator().manual_seed(args.seed + 1)))
-    samples = dict(data=reference, **four_students(data, args.seed, args.iterations, args.batch_size, progress))
+    progress("data", data.sample(args.samples, torch.Generator().manual_seed(args.seed + 1)))
+    samples = dict(data=reference, **four_students(data, args.seed, args.iterations, args.batch_size, args.samples, progress))
     figure, axes = plt.subplots(1, 6, figsize=(16, 3.1), layout="constrained")
     for (name, x), ax in zip(samples.items(), axes):
         ax.plot(*x[:6000].T, ",", color="k" if name == "data" else "C0")
@@ -262,8 +263,8 @@ def share_error(x, data):
     return 0.5 * (share - 1 / len(data.means)).abs().sum().item()
 
 
-def ring(data, seed, iterations, lr=5e-4, batch=256):
-    """A teacher of `data`, then its four-step students: name -> samples [50000,2]. One phase of four steps is DMD with SGTS;
+def ring(data, seed, iterations, lr=5e-4, batch=256, count=50_000):
+    """A teacher of `data`, then its four-step students: name -> samples [count,2]. One phase of four steps is DMD with SGTS;
     two phases of two get half the iterations each, so both have equal network evaluations when sampling, and equal generator
     and fake steps when training. The teacher regresses the closed form: the shares it gets wrong would be its students' too.
 
@@ -279,7 +280,7 @@ def ring(data, seed, iterations, lr=5e-4, batch=256):
     draws = lambda stage, i: Draws((seed, stage), i, [0], (2,), block=batch)
     adam = lambda net, lr: torch.optim.AdamW(net.parameters(), lr, betas=(0.0, 0.999), weight_decay=0.0, fused=True)
     teacher = closed_form_teacher(data, schedule, 6 * iterations, lambda i: draws(0, i))
-    z, rows, samples = torch.randn(50_000, 2), schedule.rows(4), {}
+    z, rows, samples = torch.randn(count, 2), schedule.rows(4), {}
     with torch.no_grad():
         samples["teacher"] = sample(teacher, schedule, z, schedule.rows(20), {}, order=2)
     for name, phases in (("sgts", [rows]), ("phased", split(rows, [500]))):
@@ -302,9 +303,10 @@ def phased_demo(doc):
     parser.add_argument("--out", default="out/phased_dmd", help="folder for the picture and result.json")
     parser.add_argument("--iterations", type=int, default=300, help="generator steps of a ring student; everything else scales along")
     parser.add_argument("--lr", type=float, default=5e-4, help="of the ring students")
+    parser.add_argument("--samples", type=int, default=50_000, help="drawn of each for table and picture")
     args = parser.parse_args()
-    if args.iterations < 1:
-        parser.error(f"--iterations {args.iterations}: must be above 0")
+    if min(args.iterations, args.samples) < 1:
+        parser.error("--iterations and --samples must be above 0")
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -316,8 +318,8 @@ def phased_demo(doc):
     for name, label in (("full", "full interval"), ("unbiased", "subinterval, unbiased"), ("biased", "subinterval, biased")):
         print(f"{label:26s}{errors[name]:9.5f}   {errors[name] / errors['full']:7.1f} x full")
 
-    reference = data.sample(50_000, torch.Generator().manual_seed(args.seed))
-    samples = ring(data, args.seed, args.iterations, args.lr)
+    reference = data.sample(args.samples, torch.Generator().manual_seed(args.seed))
+    samples = ring(data, args.seed, args.iterations, args.lr, count=args.samples)
     labels = dict(teacher="teacher, 20 second-order steps", sgts="DMD with SGTS, 4 steps", phased="Phased DMD, 2 phases, 4 steps")
     mixture = {name: dict(tv_and_precision(x, data, reference), share_error=share_error(x, data)) for name, x in samples.items()}
     print(f"\n{'ring of eight Gaussians':32s}{'tv':>8s}{'share_error':>13s}{'precision':>11s}{'modes':>7s}")

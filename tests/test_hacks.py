@@ -19,7 +19,7 @@ sys.path.insert(0, {folder!r})
 sys.argv = {argv!r}
 runpy.run_path({folder!r} + "/" + sys.argv[0], run_name="__main__")
 """
-TOY = ["adm.py", "--iterations", "3", "--batch-size", "16", "--out"]
+TOY = ["adm.py", "--iterations", "3", "--batch-size", "16", "--samples", "2000", "--out"]
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_a_hack_is_small_and_applies(diff, tmp_path):
 
 def test_another_loss(hacked, small, tmp_path):
     """Undecided, the logistic loss is 2 ln 2 and not 2."""
-    flags = ["--iterations", "10", "--stage", "adm", "--steps", "4", "--lr-discriminator", "1e-9", "--batch-size", "1"]
+    flags = ["--stage", "adm", "--steps", "4", "--lr-discriminator", "1e-9", "--batch-size", "1"]
     hacked("another_loss.diff", "train_sdxl.py", "--model", small / "model", "--prompts", small / "prompts.txt", "--out", tmp_path / "out", *QUICK, *flags)
     loss = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])["discriminator"]
     assert abs(loss - 1.386) < 0.3, loss

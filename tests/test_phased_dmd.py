@@ -324,7 +324,7 @@ def test_generate_gives_each_expert_its_own_rows_and_refuses_gaps():
 
 
 def test_the_demo_writes_its_result(tmp_path):
-    succeeded(Run(ROOT / "phased_dmd.py", "--iterations", "3", "--out", tmp_path).wait())
+    succeeded(Run(ROOT / "phased_dmd.py", "--iterations", "3", "--samples", "2000", "--out", tmp_path).wait())
     result = json.loads((tmp_path / "result.json").read_text())
     assert {"full", "unbiased", "biased"} == set(result["toy"]) and result["seconds"] > 0
     for name in ("phased", "sgts"):

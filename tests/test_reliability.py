@@ -575,7 +575,7 @@ def test_22_disk_full_for_logs_and_pictures(small, reference, folder):
 
 # ------------------------------------------------------------------------------------------------------------- the fuzz
 
-FLAGS = [w for w in train_sdxl.parse.__code__.co_consts if isinstance(w, str) and w.startswith("--")]
+FLAGS = [w for w in train_sdxl.flags.__code__.co_consts if isinstance(w, str) and w.startswith("--")]
 VALUES = st.one_of(
     st.sampled_from(["0", "-1", "1", "2", "nan", "inf", "-inf", "1e400", "9" * 30, "-0.0", "abc", "", " ", "--", "-", "=", "0x10", "½", "1_0", "\u2028", "a\nb", "auto",
                      "phased_dmd", "adm", "adp", "dmd", "paper", "all", "dmdx"]),

@@ -54,7 +54,7 @@ def test_shipped_teacher_draws_its_captions():
 
 
 def test_adm_demo_runs_and_writes_its_table(tmp_path):
-    succeeded(Run(ROOT / "adm.py", "--iterations", "2", "--data", "grid", "--out", tmp_path).wait())
+    succeeded(Run(ROOT / "adm.py", "--iterations", "2", "--samples", "2000", "--data", "grid", "--out", tmp_path).wait())
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["modes"] == 25 and all({"tv", "precision", "modes"} == result[k].keys() for k in ("teacher", "a1", "adp", "dmdx", "dmd"))
     assert (tmp_path / "adm.png").stat().st_size > 1000
