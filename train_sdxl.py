@@ -329,7 +329,7 @@ class Teacher:
     def embed(self, args, pipe, out):
         """prompts/: embeddings in shards, made by all ranks together (by rank 0, the only one with text encoders, of a sharded run), then
         read from the disk as they are needed. The last shard is the empty prompt."""
-        limit = min(pipe.tokenizer.model_max_length, args.text_tokens or 512)     # CLIP's 77, or T5's, of which no pipeline here takes more than 512
+        limit = min(pipe.tokenizer.model_max_length, not args.no_t5 and args.text_tokens or 512)     # CLIP's 77, or T5's, of which no pipeline here takes more than 512
         long = sum(len(pipe.tokenizer(p).input_ids) > limit for p in self.prompts) if world()[0] == 0 else 0
         if long:
             print(f"warning: {long} of {len(self.prompts)} prompts are longer than {limit} tokens and are cut there", file=sys.stderr)

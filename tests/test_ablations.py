@@ -1,5 +1,6 @@
 """ablations.py: rows are runs of train_sdxl.py that go on from one another, and the README's table is what was measured. And quality.py's CLIP score."""
 import json
+import re
 import sys
 from types import SimpleNamespace
 
@@ -76,6 +77,11 @@ def test_the_readmes_table_is_what_was_measured():
     readme = (ROOT / "README.md").read_text()
     for line in ablations.table(figures).splitlines():
         assert line in readme, line
+
+
+def test_the_readmes_links_lead_somewhere():
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / "README.md").read_text())
+    assert len(links) > 10 and not [link for link in links if not (ROOT / link).exists()]
 
 
 def test_clip_score_is_the_cosine(tmp_path):

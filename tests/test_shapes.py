@@ -44,6 +44,17 @@ def test_each_word_of_a_caption_is_one_token_and_other_words_still_encode():
     assert tok.unk_token_id not in tok("zebra!").input_ids[1:-1] or tok.unk_token == tok.eos_token
 
 
+def test_marks_of_drawings_whose_report_is_known():
+    """Two captions. The first drawn twice in one place and once in another: of its three pairs two differ. The second once, and once illegible."""
+    first, second = "a small red circle on blue", "a large green square on yellow"
+    noise = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    images = torch.stack([shapes.draw(first, 0, 0), shapes.draw(first, 0, 0), shapes.draw(first, 23, 23), shapes.draw(second, 0, 0), noise])
+    marks = shapes.marks(images, [first, first, first, second, second], images)
+    assert marks == dict(accuracy=0.8, coverage_tv=0.0, precision=0.8, diversity=2 / 3), marks
+    marks = shapes.marks(images, [first, first, second, second, second], images)
+    assert marks["accuracy"] == 0.6 and marks["diversity"] == 1 / 2, "one pair a caption, the first in one place, the second in two"
+
+
 def test_shipped_teacher_draws_its_captions():
     """95 % at 25 steps; 144 samples leave a standard error of 2 %, so 0.93 is the bar of the test."""
     from diffusers import StableDiffusionXLPipeline
