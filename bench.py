@@ -106,7 +106,7 @@ def adversarial_pretraining(teacher, args, generator, heads, optimizers, schedul
     with device:
         vae = AutoencoderKL(block_out_channels=width, norm_num_groups=min(32, width[0]), layers_per_block=2, sample_size=1024,
                             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
-        vision = SamVisionModel(SamVisionConfig(**{} if args.full else dict(image_size=64, patch_size=8, hidden_size=64, num_hidden_layers=4, mlp_dim=64,
+        vision = SamVisionModel(SamVisionConfig(**{} if args.full else dict(image_size=64, patch_size=8, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, mlp_dim=64,
                                                                             global_attn_indexes=[1, 3], window_size=4)))
     vae.requires_grad_(False).to(torch.bfloat16 if args.bf16 else torch.float32)
     if args.grad_checkpointing:

@@ -73,15 +73,26 @@ def test_dry_run_needs_no_weights(tmp_path):
     shutil.rmtree(tmp_path / "model")
 
 
-def test_bench_prints_and_writes_its_table(tmp_path, monkeypatch):
-    """On networks smaller than its own, in this process."""
-    monkeypatch.setattr(bench, "SMALL", {"SD3-Medium": ("StableDiffusion3Pipeline", dict(
-        num_layers=2, num_attention_heads=1, joint_attention_dim=32, caption_projection_dim=64, pooled_projection_dim=32), (16, 16, 16))})
+def bench_of(monkeypatch, tmp_path, name, small, *flags):
+    """bench.py in this process, on networks smaller than its own -> its result."""
+    monkeypatch.setattr(bench, "SMALL", {name: small})
     monkeypatch.setattr(bench.multiprocessing, "get_context", lambda kind: Here())
-    monkeypatch.setattr(sys, "argv", ["bench.py", "--models", "SD3-Medium", "--repeat", "1", "--batch-size", "1", "--head-channels", "8", "--out", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--models", name, "--repeat", "1", "--batch-size", "1", "--head-channels", "8", "--out", str(tmp_path), *flags])
     bench.main()
-    result = json.loads((tmp_path / "result.json").read_text())["SD3-Medium"]
+    return json.loads((tmp_path / "result.json").read_text())[name]
+
+
+def test_bench_prints_and_writes_its_table(tmp_path, monkeypatch):
+    result = bench_of(monkeypatch, tmp_path, "SD3-Medium", ("StableDiffusion3Pipeline", dict(
+        num_layers=2, num_attention_heads=1, joint_attention_dim=32, caption_projection_dim=64, pooled_projection_dim=32), (16, 16, 16)))
     assert result.keys() >= {"lean_over_floor", "literal_over_lean", "peak_bytes", "flop", "lean", "floor", "literal"} and len(result["passes"]) == 8
+
+
+def test_bench_of_adp(tmp_path, monkeypatch):
+    result = bench_of(monkeypatch, tmp_path, "SDXL", ("StableDiffusionXLPipeline", dict(
+        block_out_channels=(32, 32, 64), attention_head_dim=(1, 1, 2), transformer_layers_per_block=(1, 1, 1), cross_attention_dim=32,
+        projection_class_embeddings_input_dim=6 * 256 + 32), (4, 8, 8)), "--stage", "adp")
+    assert result["lean"] > 0 and result["flop"] > 1e6 and "floor" not in result
 
 
 class Here:
