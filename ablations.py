@@ -175,7 +175,8 @@ def tables(args, out, results):
         for seed in args.seeds:
             recorded.plot(*zip(*losses(folders[seed, name], "adm")["adm: dmd"]), color=f"C{k}", alpha=0.6, label=name if seed == args.seeds[0] else None)
     recorded.set(title="DMD loss during ADM (Fig. 3)", xlabel="iteration", yscale="log")
-    recorded.legend()
+    if recorded.lines:
+        recorded.legend()
     figure.savefig(results / "ablations.png", dpi=90)
 
 
@@ -243,9 +244,13 @@ def main():
     p.add_argument("--vision-iterations", type=int, default=1500, help="of A2's backbone")
     p.add_argument("--jobs", type=int, default=2, help="rows at a time, one thread each")
     p.add_argument("--out", default="out/ablations", help="where the runs are kept")
-    p.add_argument("--results", default="results", help="where figures and pictures go")
+    p.add_argument("--results", help="where figures and pictures go (default: results/, and for a part of the tables OUT/results)")
     args = p.parse_args()
-    began, out, results = time.time(), Path(args.out).resolve(), Path(args.results)
+    if args.jobs < 1 or args.vision_iterations < 1 or min(args.seeds) < 0:
+        p.error("--jobs and --vision-iterations must be above 0, --seeds 0 or above")
+    began, out = time.time(), Path(args.out).resolve()
+    part = not args.gallery and (args.rows, args.seeds) != (p.get_default("rows"), p.get_default("seeds"))
+    results = Path(args.results) if args.results else out / "results" if part else HERE / "results"
     for folder in (out, results):
         folder.mkdir(parents=True, exist_ok=True)
     (gallery if args.gallery else tables)(args, out, results)

@@ -26,7 +26,10 @@ def pictures(folder):
     files = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
     if not files:
         raise Failure(f"{folder}: no PNG or JPEG files there; give a folder of pictures")
-    return [Image.open(p).convert("RGB") for p in files]
+    try:
+        return [Image.open(path).convert("RGB") for path in files]
+    except OSError as e:
+        raise Failure(f"{folder}: a picture is not whole ({e}); remove it or draw it again") from e
 
 
 def tensor(images):
