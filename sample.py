@@ -3,7 +3,8 @@
     python sample.py out/sdxl/export                                              # the embedded teacher and its captions
     python sample.py out/sdxl-lora/export --teacher stabilityai/stable-diffusion-xl-base-1.0 --prompts prompts.txt --bf16
 
-Writes to --out: samples.png (a row each), student/ and teacher/ with one picture a prompt, and result.json. A student is sampled by the call in its model card.
+Writes to --out: samples.png (a row each), student/ and teacher/ with a picture a prompt (of videos: still frames, and GIFs of the first two), and result.json.
+A student is sampled by the call in its model card.
 """
 import argparse
 import ast
@@ -88,8 +89,9 @@ def main():
         steps = how["num_inference_steps"]
         print(f"{name}: {steps} step{'s' * (steps > 1)}, {seconds:.3f} s a sample")
         rows[f"{name}, {steps} step{'s' * (steps > 1)}"], result[name] = samples, dict(steps=steps, seconds=seconds)
-        (out / name).mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         if samples.dim() == 4:
+            (out / name).mkdir(exist_ok=True)
             for i, image in enumerate(pipe.image_processor.postprocess(samples.clamp(-1, 1))):
                 image.save(out / name / f"{i:05d}.png")
     shown = {label: samples[:8] for label, samples in rows.items()}
