@@ -4,7 +4,7 @@
     python ablations.py --gallery      # five failures beside their healthy twins, seed 0 (twins that the first command made are not made again)
 
 Every row is `train_sdxl.py` with the flags below and no others, on one thread, two rows at a time. All rows share one setting, a third of the embedded
-run's length at half its batch; none has one of its own. Finished rows are kept: a second call goes on where the first was stopped.
+run's length at half its batch; none was tuned. Finished rows are kept: a second call goes on where the first was stopped.
 Writes results/ablations.json (row -> lists over seeds) and .png and prints the README's table; with --gallery results/gallery.png and .json.
 """
 import argparse
@@ -18,7 +18,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from plumbing import Failure, run
+from plumbing import Failure, logged, losses_in, pyplot, run
 
 HERE = Path(__file__).parent
 SETTING = "--pairs 1024 --iterations-adp 600 --iterations-adm 100 --batch-size 16 --save-every 1000 --sample-every 100000".split()
@@ -54,7 +54,7 @@ FAILURES = {
 def training_seconds(folder):
     """metrics.jsonl counts from the start of each stage, and anew where a run went on."""
     total, before = 0.0, 0.0
-    for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+    for row in logged(folder):
         total += before if row["seconds"] < before else 0.0
         before = row["seconds"]
     return total + before
@@ -133,19 +133,12 @@ def table(results):
 
 
 def losses(folder, stage=None):
-    """{loss: [(iteration, value), ...]} from a run's metrics.jsonl."""
-    rows, found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()], {}
-    for row in rows:
-        for key in [k for k in row if k not in ("stage", "seconds", "iteration", "global_iter") and stage in (None, row["stage"])]:
+    """{"stage: loss": [(iteration, value), ...]} of a run, or of one of its stages."""
+    found = {}
+    for row in [row for row in logged(folder) if stage in (None, row["stage"])]:
+        for key in losses_in([row]):
             found.setdefault(f"{row['stage']}: {key}", []).append((row["iteration"], row[key]))
     return found
-
-
-def pyplot():
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt
 
 
 def tables(args, out, results):
@@ -153,13 +146,10 @@ def tables(args, out, results):
     needed = {*args.rows, *(ROWS[name][3] for name in args.rows)}
     names = [name for name in ROWS if name in needed]
     folders = trained(args, out, [(seed, name, *ROWS[name][2:]) for name in names for seed in args.seeds])
-    figures = {"teacher": {}, **{name: {} for name in names}}
-    for (seed, name), folder in folders.items():
-        result = json.loads((folder / "result.json").read_text())
-        rows = {name: dict(result["student"], seconds=training_seconds(folder))} | ({"teacher": result["teacher"]} if name == names[0] else {})
-        for row, values in rows.items():
-            for key, value in values.items():
-                figures[row].setdefault(key, []).append(round(value, 4))
+    result_of = {key: json.loads((folder / "result.json").read_text()) for key, folder in folders.items()}
+    measured = {"teacher": [result_of[seed, names[0]]["teacher"] for seed in args.seeds]}
+    measured |= {name: [dict(result_of[seed, name]["student"], seconds=training_seconds(folders[seed, name])) for seed in args.seeds] for name in names}
+    figures = {name: {key: [round(one[key], 4) for one in seeds] for key in seeds[0]} for name, seeds in measured.items()}
     (results / "ablations.json").write_text(json.dumps(figures, indent=1))
     print(table(figures))
 
@@ -194,7 +184,7 @@ def gallery(args, out, results):
         pair = {f"healthy ({twin})": folders[0, twin], name: folders[0, name]}
         for ax, (label, folder) in zip(line, pair.items()):
             images = load_file(folder / "samples" / "samples.safetensors")["images"][:4]              # [4,3,32,32]
-            ax.imshow(torch_grid(images))
+            ax.imshow(four_in_one(images))
             ax.set(xticks=[], yticks=[])
             facts[label] = json.loads((folder / "result.json").read_text())["student"]
             ax.set_title(f"{label}\naccuracy {facts[label]['accuracy']:.2f}, coverage TV {facts[label]['coverage_tv']:.2f}", fontsize=9)
@@ -211,7 +201,7 @@ def gallery(args, out, results):
     (results / "gallery.json").write_text(json.dumps(facts, indent=1))
 
 
-def torch_grid(images):
+def four_in_one(images):
     """[4,3,H,W] in [-1,1] -> one picture [2H,2W,3] in [0,1]."""
     rows = (images.clamp(-1, 1) + 1).div(2).permute(0, 2, 3, 1).unflatten(0, (2, 2))                  # [2,2,H,W,3]
     return rows.permute(0, 2, 1, 3, 4).flatten(0, 1).flatten(1, 2)
@@ -221,16 +211,17 @@ def trained(args, out, jobs):
     """[(seed, row, flags, the row it goes on from, its code), ...] -> {(seed, row): folder}, --jobs at a time; one that fails stops those not yet begun."""
     with ThreadPoolExecutor(args.jobs) as pool:
         try:
-            first = [pool.submit(train, out / f"seed{seed}" / "pairs", seed, ["--stage", "pairs"]) for seed in {job[0] for job in jobs}]
-            first += [pool.submit(another_backbone, out / "dinov2", args.vision_iterations) for job in jobs[:1] if "A2" in {job[1] for job in jobs}]
+            first = [pool.submit(train, out / f"seed{seed}" / "pairs", seed, ["--stage", "pairs"]) for seed in {seed for seed, *_ in jobs}]
+            if "A2" in {name for _, name, *_ in jobs}:
+                first.append(pool.submit(another_backbone, out / "dinov2", args.vision_iterations))
             for future in first:
                 future.result()
             futures = {}
-            for job in sorted(jobs, key=lambda job: job[3] is not None):          # what others go on from comes first
-                if job[3]:
-                    futures[job[0], job[3]].result()
-                futures[job[:2]] = pool.submit(train_row, out, *job)
-            return {key: futures[key].result() for key in [job[:2] for job in jobs]}
+            for seed, name, flags, follows, *code in sorted(jobs, key=lambda job: job[3] is not None):   # what others go on from comes first
+                if follows:
+                    futures[seed, follows].result()
+                futures[seed, name] = pool.submit(train_row, out, seed, name, flags, follows, *code)
+            return {key: future.result() for key, future in futures.items()}
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

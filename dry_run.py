@@ -116,15 +116,18 @@ def saved_bytes(function, nets, recompute):
     return totals[-1] + (sum(a.numel() * a.element_size() for a in inputs.values()) + max(totals[:-1], default=0) if recompute else 0)
 
 
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
 def memory_rows(args, pipe, net, heads, family, networks, shards):
     """[(what, parameters, bytes a rank of weights, gradients, optimizer, EMA), ...] and the bytes of the teacher that lie outside of blocks."""
-    count = lambda module: sum(p.numel() for p in module.parameters())
     bytes_of, size = 2 if args.bf16 else 4, count(net) * networks
     outside = (count(net) - sum(map(count, blocks(net)))) * networks
     inside = size - outside
     rows = [("real score and backbone", size, (inside / shards + outside) * bytes_of, 0, 0, 0)]
+    adapted = [m for k, m in net.named_modules() if isinstance(m, torch.nn.Linear) and k.endswith(tuple(family["lora"]))]
     for name, rank, average in (("generator", args.lora_rank, args.ema > 0), ("fake score", args.lora_rank_fake, False)):
-        adapted = [m for k, m in net.named_modules() if isinstance(m, torch.nn.Linear) and k.endswith(tuple(family["lora"]))]
         n = networks * sum(rank * (m.in_features + m.out_features) for m in adapted) if rank else size
         part = n / (1 if rank else shards)                      # adapters are whole on every rank
         rows.append((f"{name}{f', LoRA {rank}' if rank else ''}", n, 4 * part, 4 * part, 8 * part, 4 * part * average))
@@ -165,7 +168,7 @@ def report(args, pipe, family, ranks):
     work, kept = work_and_activations(net, heads, x, t, conditioning(args.batch_size, dtype), args.grad_checkpointing)
     held, size = sum(sum(row[2:]) for row in rows), rows[0][1]
     offloaded = sum(sum(row[2:]) for row in rows[:-1] if "LoRA" not in row[0]) - outside if args.cpu_offload else 0   # not the VAE
-    largest = max((sum(p.numel() for p in b.parameters()) for b in blocks(net)), default=size)
+    largest = max(map(count, blocks(net)), default=size)
     gathered = 2 * largest * dtype.itemsize if args.fsdp or args.cpu_offload else 0
     activations = max(kept["f learns"], kept["G, forward and backward"] + kept["f, gradient of its input"] + kept["taps of x_fake, with gradient"])
     device, flop = held - offloaded + gathered + activations, sum(work.values())

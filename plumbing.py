@@ -314,6 +314,11 @@ def full_copy(net):
     return twin
 
 
+def next_experts(lengths):
+    """Experts of so many steps each -> after each step, which of them (from 0) does the next; after the last, the first again."""
+    return [k for k, n in enumerate(lengths) for _ in range(n)][1:] + [0]
+
+
 class Average:
     """Exponential moving average of a generator's trained weights, as a network to sample from (decay 0: the generator itself).
     prepare: what a copy of a network needs before it runs."""
@@ -639,12 +644,17 @@ def save_picture(path, figure):
     plt.close(figure)
 
 
-def grid(path, rows, captions):
-    """rows: {label: images [n,3,H,W] in [-1,1]}, one row each, captions [n] above."""
+def pyplot():
+    """matplotlib's, without a screen."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    n = len(captions)
+    return plt
+
+
+def grid(path, rows, captions):
+    """rows: {label: images [n,3,H,W] in [-1,1]}, one row each, captions [n] above."""
+    plt, n = pyplot(), len(captions)
     figure, axes = plt.subplots(len(rows), n, figsize=(1.5 * n + 0.3, 1.6 * len(rows) + 0.2), squeeze=False, layout="constrained")
     for top, ((label, images), line) in enumerate(zip(rows.items(), axes)):
         for image, caption, ax in zip(images, captions, line):
@@ -673,16 +683,24 @@ def contact_sheet(path, rows, captions, videos=2, frames=8):
     grid(path, stills, [f"frame {i + 1} of {frames}" for i in range(frames)])
 
 
-def curves(out):
-    """metrics.jsonl -> losses.png: one panel a loss, one colour a stage."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    rows, file = [], out.path / "metrics.jsonl"
+def logged(folder):
+    """The rows of a run's metrics.jsonl."""
+    rows, file = [], folder / "metrics.jsonl"
     for line in file.read_text().splitlines() if file.exists() else ():
         with suppress(ValueError):                              # of a line that a full disk cut short
             rows.append(json.loads(line))
-    names = list(dict.fromkeys(k for row in rows for k in row if k not in ("stage", "iteration", "global_iter", "seconds"))) or ["nothing logged"]
+    return rows
+
+
+def losses_in(rows):
+    """The losses that were logged, in order: what is not a counter, a clock or the stage."""
+    return list(dict.fromkeys(k for row in rows for k in row if k not in ("stage", "iteration", "global_iter", "seconds")))
+
+
+def curves(out):
+    """metrics.jsonl -> losses.png: one panel a loss, one colour a stage."""
+    plt, rows = pyplot(), logged(out.path)
+    names = losses_in(rows) or ["nothing logged"]
     figure, axes = plt.subplots(1, len(names), figsize=(3.2 * len(names), 2.8), squeeze=False, layout="constrained")
     for name, ax in zip(names, axes[0]):
         for stage in dict.fromkeys(row["stage"] for row in rows):

@@ -20,52 +20,60 @@ import torch
 from plumbing import Failure, quiet, read_prompts, run
 
 
-def pictures(folder):
-    """Folder of PNG or JPEG -> list of PIL images, by name. Raises Failure if there are none."""
-    from PIL import Image
+def files_of(folder):
+    """Folder -> its PNG or JPEG files, by name. Raises Failure if there are none."""
     files = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
     if not files:
         raise Failure(f"{folder}: no PNG or JPEG files there; give a folder of pictures")
-    try:
-        return [Image.open(path).convert("RGB") for path in files]
-    except OSError as e:
-        raise Failure(f"{folder}: a picture is not whole ({e}); remove it or draw it again") from e
+    return files
 
 
-def tensor(images):
-    """PIL images of one size -> uint8 [B,3,H,W]."""
-    return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
+def pictures(files):
+    """Files -> PIL images; a batch of them, as thousands do not fit in memory. Raises Failure naming one that is not whole."""
+    from PIL import Image
+    images = []
+    for file in files:
+        try:
+            images.append(Image.open(file).convert("RGB"))
+        except OSError as e:
+            raise Failure(f"{file}: not a whole picture ({e}); remove it or draw it again") from e
+    return images
+
+
+def tensor(files):
+    """Files of pictures of one size -> uint8 [B,3,H,W]."""
+    return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in pictures(files)])
 
 
 @torch.no_grad()
-def clip_score(images, prompts, folder, batch=32):
+def clip_score(files, prompts, folder, batch=32):
     """Mean cosine between picture and prompt, times 100 (the papers' CLIP score). Raises Failure if there are fewer prompts than pictures."""
     from transformers import CLIPModel, CLIPProcessor
-    if len(prompts) != len(images):
-        raise Failure(f"--prompts: {len(prompts)} prompts for {len(images)} pictures; give one a picture")
+    if len(prompts) != len(files):
+        raise Failure(f"--prompts: {len(prompts)} prompts for {len(files)} pictures; give one a picture")
     model, processor, scores = CLIPModel.from_pretrained(folder).eval(), CLIPProcessor.from_pretrained(folder), []
-    for i in range(0, len(images), batch):
-        out = model(**processor(text=prompts[i:i + batch], images=images[i:i + batch], return_tensors="pt", padding=True, truncation=True))
+    for i in range(0, len(files), batch):
+        out = model(**processor(text=prompts[i:i + batch], images=pictures(files[i:i + batch]), return_tensors="pt", padding=True, truncation=True))
         scores += (100 * (out.image_embeds * out.text_embeds).sum(1)).tolist()    # both of unit length
     return sum(scores) / len(scores)
 
 
 @torch.no_grad()
-def fid(images, reference, weights, batch=32):
+def fid(files, reference, weights, batch=32):
     """Frechet distance between two sets of pictures in Inception's features; sets under some thousands are not comparable with published values."""
     from torchmetrics.image.fid import FrechetInceptionDistance
     metric = FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=weights)
-    for real, pictures_of in ((False, images), (True, reference)):
-        for i in range(0, len(pictures_of), batch):
-            metric.update(tensor(pictures_of[i:i + batch]), real=real)
+    for real, side in ((False, files), (True, reference)):
+        for i in range(0, len(side), batch):
+            metric.update(tensor(side[i:i + batch]), real=real)
     return metric.compute().item()
 
 
 @torch.no_grad()
 def lpips_diversity(folders, weights):
-    """Mean LPIPS between pictures of one prompt drawn with different seeds (ADM Tab. 6): larger is more diverse. folders: [[picture of each prompt], ...]."""
+    """Mean LPIPS between pictures of one prompt drawn with different seeds (ADM Tab. 6): larger is more diverse. folders: [[file of each prompt], ...]."""
     from torchmetrics.functional.image import learned_perceptual_image_patch_similarity
-    if len({len(images) for images in folders}) > 1 or len(folders) < 2:
+    if len({len(files) for files in folders}) > 1 or len(folders) < 2:
         raise Failure("--lpips: give two folders or more, one a seed, with as many pictures each")
     distances = []
     with tempfile.TemporaryDirectory() as home:                 # torchvision looks for its weights there, and nowhere else
@@ -96,13 +104,13 @@ def main():
         if getattr(args, flag) and not Path(getattr(args, flag)).exists():
             raise Failure(f"--{flag} {getattr(args, flag)}: not there; download it first")
     quiet()
-    folders = [pictures(folder) for folder in args.images]
+    folders = [files_of(folder) for folder in args.images]
     result = dict(pictures=len(folders[0]))
     try:
         if args.clip:
             result["clip"] = clip_score(folders[0], read_prompts(args.prompts), args.clip)
         if args.inception:
-            result["fid"] = fid(folders[0], pictures(args.reference), args.inception)
+            result["fid"] = fid(folders[0], files_of(args.reference), args.inception)
         if args.lpips:
             result["lpips"] = lpips_diversity(folders, args.lpips)
     except ImportError as e:

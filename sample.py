@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from plumbing import Failure, contact_sheet, grid, quiet, read_prompts, run
+from plumbing import Failure, contact_sheet, grid, next_experts, quiet, read_prompts, run
 
 
 def load_student(folder, dtype=torch.float32):
@@ -37,9 +37,9 @@ def load_student(folder, dtype=torch.float32):
         name, lengths = facts["network"], facts["steps"]
         first = getattr(pipe, name)
         experts = [first, *(type(first).from_pretrained(folder, subfolder=f"{name}_{k}").to(dtype) for k in range(2, len(lengths) + 1))]
-        after = [k for k, n in enumerate(lengths) for _ in range(n)][1:] + [0]
+        after = next_experts(lengths)
 
-        def switch(pipe, step, t, kwargs):                      # asked after each step; after the last, back to the first
+        def switch(pipe, step, t, kwargs):                      # asked after each step
             setattr(pipe, name, experts[after[step]].to(pipe.device))
             return kwargs
         call["callback_on_step_end"] = switch

@@ -103,18 +103,23 @@ def accuracy(images, captions):
 
 def coverage_tv(images, reference):
     """Total variation, in [0,1], between the places of two sets of images (illegible ones form a cell of their own)."""
-    share = lambda x: torch.bincount(read(x)[1] + 1, minlength=CELLS**2 + 1) / len(x)
-    return 0.5 * (share(images) - share(reference)).abs().sum().item()
+    return places_tv(read(images)[1], read(reference)[1])
+
+
+def places_tv(cells, reference):
+    """The same of places that were read, LongTensors [B] and [B']."""
+    share = lambda cells: torch.bincount(cells + 1, minlength=CELLS**2 + 1) / len(cells)
+    return 0.5 * (share(cells) - share(reference)).abs().sum().item()
 
 
 def marks(images, captions, reference):
     """The whole report on images [B,3,32,32] drawn for these captions, beside those of a reference -> dict of fractions: accuracy; coverage_tv; precision, of
     images that are legible, whatever they say; diversity, how often two legible ones of one caption differ in their cell (LPIPS' part in the paper's Tab. 6)."""
-    _, cells = read(images)
+    said, cells = read(images)
     legible = [(caption, cell) for caption, cell in zip(captions, cells.tolist()) if cell >= 0]
     pairs = [a[1] != b[1] for a, b in itertools.combinations(sorted(legible), 2) if a[0] == b[0]]
-    return dict(accuracy=accuracy(images, captions), coverage_tv=coverage_tv(images, reference), precision=len(legible) / len(captions),
-                diversity=sum(pairs) / max(len(pairs), 1))
+    return dict(accuracy=sum(r == c for r, c in zip(said, captions)) / len(captions), coverage_tv=places_tv(cells, read(reference)[1]),
+                precision=len(legible) / len(captions), diversity=sum(pairs) / max(len(pairs), 1))
 
 
 # ---------------------------------------------------------------------------------------------------- making the teacher

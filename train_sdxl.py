@@ -36,7 +36,7 @@ from discriminators import Taps, heads_for
 from ode import Schedule, both, sample
 from phased_dmd import generate, phased_dmd, split
 from plumbing import (Adam, Average, Failure, Lora, NotFinite, Output, StopSignal, autocast, barrier, broadcast, checkpointing, compiled, contact_sheet,
-                      curves, full_copy, gather, goodbye, grid, load_checkpoint, newest_checkpoint, on_rank_0, open_tensors, quiet, read_prompts, receive, run,
+                      curves, full_copy, gather, goodbye, grid, load_checkpoint, newest_checkpoint, next_experts, on_rank_0, open_tensors, quiet, read_prompts, receive, run,
                       save_checkpoint, shard, sharding, start, tensors_to, usage, verify, world, write_folder)
 
 EMBEDDED = Path(__file__).parent / "teacher"
@@ -256,7 +256,7 @@ def problems(args, unknown, embedded):
     wrong += ["--lambdas: weights must be 0 or above, one of them above"] * (not (min(args.lambdas) >= 0 and max(args.lambdas) > 0))
     wrong += [f"{flag('steps')}: ADP is one-step only; use --stage adm"] * (args.steps > 1 and args.stage == "adp")
     wrong += [f"--stage {args.stage} --method {args.method}: that method has no such stage; leave --stage out"] * (
-        args.stage in ("adp", "adm") and args.method not in ("dmdx", "dmd", "phased_dmd"))
+        args.stage in ("adp", "adm") and args.method in ("adp", "reflow"))
     wrong += [f"{flag(n)}: must be a multiple of 32 above 0" for n in ("height", "width") if getattr(args, n) is not None and (getattr(args, n) < 1 or getattr(args, n) % 32)]
     wrong += [f"{flag(n)}: must be above 0" for n in ("text_tokens", "dry_run") if getattr(args, n) is not None and getattr(args, n) < 1]
     wrong += [f"{flag('cfg_student')}: must be above 1"] * (args.cfg_student is not None and not args.cfg_student > 1)
@@ -761,10 +761,9 @@ def model_card(args, teacher, folder, without, pipeline, network, facts):
     attribute_of_result, save = teacher.family["result"]
     imports, load, callback = f"from diffusers import {pipeline}", "", ""
     if facts["switch"]:                                         # the pipeline asks after each step which network does the next
-        after = [k for k, n in enumerate(lengths) for _ in range(n)][1:] + [0]
         imports += f", {network}"
         load = f"experts = [pipe.{attribute}] + [{network}.from_pretrained({folder}, subfolder=f\"{attribute}_{{k}}\") for k in range(2, {len(lengths) + 1})]\n" \
-               f"def switch(pipe, step, t, kwargs):\n    pipe.{attribute} = experts[{after}[step]]\n    return kwargs\n"
+               f"def switch(pipe, step, t, kwargs):\n    pipe.{attribute} = experts[{next_experts(lengths)}[step]]\n    return kwargs\n"
         callback = ", callback_on_step_end=switch"
     return f"""---
 library_name: diffusers

@@ -7,7 +7,7 @@ import ablations
 import pipelines
 import shapes
 from cli import ROOT, Run, stock_difference, succeeded
-from sdxl import QUICK
+from sdxl import QUICK, command
 
 # in the child: forget the modules it was forked with, and be `python FILE FLAGS` in the changed copy
 SCRIPT = """
@@ -39,16 +39,16 @@ def test_a_hack_is_small_and_applies(diff, tmp_path):
 
 def test_another_loss(hacked, small, tmp_path):
     """Undecided, the logistic loss is 2 ln 2 and not 2."""
-    flags = ["--stage", "adm", "--steps", "4", "--lr-discriminator", "1e-9", "--batch-size", "1"]
-    hacked("another_loss.diff", "train_sdxl.py", "--model", small / "model", "--prompts", small / "prompts.txt", "--out", tmp_path / "out", *QUICK, *flags)
+    _, *flags = command(small, tmp_path / "out", "--stage", "adm", "--steps", "4", "--lr-discriminator", "1e-9", "--batch-size", "1")
+    hacked("another_loss.diff", "train_sdxl.py", *flags)
     loss = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])["discriminator"]
     assert abs(loss - 1.386) < 0.3, loss
 
 
 def test_other_taps(hacked, small, tmp_path):
     """Seven heads become five: one ResNet in each of the small UNet's three encoder blocks, two in the middle."""
-    hacked("other_taps.diff", "train_sdxl.py", "--model", small / "model", "--prompts", small / "prompts.txt", "--out", tmp_path / "out", *QUICK,
-           "--stage", "adm", "--steps", "4", "--batch-size", "1")
+    _, *flags = command(small, tmp_path / "out", "--stage", "adm", "--steps", "4", "--batch-size", "1")
+    hacked("other_taps.diff", "train_sdxl.py", *flags)
     from safetensors import safe_open
     names = safe_open(tmp_path / "out" / "checkpoints" / "adm-00000004" / "heads.safetensors", "pt").keys()
     assert len({n.split(".")[1] for n in names}) == 5
