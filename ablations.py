@@ -186,8 +186,10 @@ def gallery(args, out, results):
             images = load_file(folder / "samples" / "samples.safetensors")["images"][:4]              # [4,3,32,32]
             ax.imshow(four_in_one(images))
             ax.set(xticks=[], yticks=[])
-            facts[label] = json.loads((folder / "result.json").read_text())["student"]
-            ax.set_title(f"{label}\naccuracy {facts[label]['accuracy']:.2f}, coverage TV {facts[label]['coverage_tv']:.2f}", fontsize=9)
+            result = json.loads((folder / "result.json").read_text())
+            facts[label] = dict(result["student"], noise_left=result["noise_left"])
+            ax.set_title(f"{label}\naccuracy {facts[label]['accuracy']:.2f}, coverage TV {facts[label]['coverage_tv']:.2f}"
+                         + "".join(f"\nnoise left {left:.2f}" for left in facts[label]["noise_left"]), fontsize=9)
         healthy, failed = (losses(folder) for folder in pair.values())
         for ax, key in zip(line[2:], [*failed, *[None] * 4]):
             if key is None:

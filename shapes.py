@@ -227,7 +227,8 @@ def train_teacher(pipe, index, latents, iterations, batch=64):
 
 def train_sd3(index, images, iterations, batch=64):
     """A small SD3 on the same captions, to see a flow model distilled: the shipped VAE and text encoder, a new transformer, velocity
-    targets (Eq. 3) at uniform unshifted times, no T5 (one empty token in its place). Returns the pipeline."""
+    targets (Eq. 3) at SD3's shifted noise levels, no T5 (one empty token in its place). Returns the pipeline, which samples unshifted:
+    the shift is for large images, and of eight by eight latents it would leave the last of four steps half of the way."""
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline, StableDiffusionXLPipeline
 
     from train_sdxl import encode_sd3
@@ -235,10 +236,10 @@ def train_sd3(index, images, iterations, batch=64):
     old.vae.register_to_config(shift_factor=0.0)
     net = SD3Transformer2DModel(sample_size=PX // 4, patch_size=2, in_channels=4, out_channels=4, num_layers=6, attention_head_dim=32, num_attention_heads=4,
                                 joint_attention_dim=64, caption_projection_dim=128, pooled_projection_dim=64, pos_embed_max_size=PX // 8)
-    pipe = StableDiffusion3Pipeline(transformer=net, vae=old.vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), tokenizer=old.tokenizer_2,
+    pipe = StableDiffusion3Pipeline(transformer=net, vae=old.vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0), tokenizer=old.tokenizer_2,
                                     text_encoder=old.text_encoder_2, tokenizer_2=old.tokenizer_2, text_encoder_2=old.text_encoder_2,
                                     tokenizer_3=None, text_encoder_3=None)
-    schedule = Schedule.from_diffusers(pipe.scheduler)
+    schedule = Schedule.from_diffusers(FlowMatchEulerDiscreteScheduler(shift=3.0))
     with torch.no_grad():
         latents = torch.cat([pipe.vae.encode(x).latent_dist.mode() for x in images.split(512)]) * pipe.vae.config.scaling_factor
         conds, empty = encode_sd3(pipe, CAPTIONS, PX, PX, "cpu", max_sequence_length=1)
@@ -255,6 +256,13 @@ def train_sd3(index, images, iterations, batch=64):
         return mark(pipe, 144, max_sequence_length=1)[0]
     pipe.transformer, = pretrain("sd3", torch.nn.ModuleList([net]), loss_of, accuracy_of, iterations)
     return pipe
+
+
+SD3_CARD = """```python
+pipe = StableDiffusion3Pipeline.from_pretrained(".", text_encoder_3=None, tokenizer_3=None)
+sample = pipe("a small red circle on blue", num_inference_steps=25, guidance_scale=3.0, max_sequence_length=1).images[0]
+```
+"""
 
 
 def train_vision_encoder(index, images, iterations, lr=1e-3, batch=64, kind="sam"):
@@ -324,6 +332,8 @@ def main():
 
     if args.sd3:
         train_sd3(*every_drawing(), args.iterations).save_pretrained(out)
+        (out / "README.md").write_text(SD3_CARD)                # for --mark
+        (out / "captions.txt").write_text("\n".join(CAPTIONS))
         print(f"saved {out} after {time.time() - start:.0f} s")
         return
 

@@ -33,7 +33,7 @@ from tqdm import tqdm
 import shapes
 from adm import Draws, adm, adp, reflow
 from discriminators import Taps, heads_for
-from ode import Schedule, both, sample
+from ode import Schedule, both, predict, sample
 from phased_dmd import generate, phased_dmd, split
 from plumbing import (Adam, Average, Failure, Lora, NotFinite, Output, StopSignal, autocast, barrier, broadcast, checkpointing, compiled, contact_sheet,
                       curves, full_copy, gather, goodbye, grid, load_checkpoint, newest_checkpoint, next_experts, on_rank_0, open_tensors, quiet, read_prompts, receive, run,
@@ -792,11 +792,18 @@ def examine(args, out, teacher, experts, student_schedule):
                 untrained=(f"teacher, {args.steps} step", draw(teacher.sampler(teacher.schedule.rows(args.steps), args.pair_guidance))),
                 student=(f"student, {args.steps} step", draw(student(args, experts, student_schedule))))
     table = {name: shapes.marks(images, captions, reference) for name, (_, images) in rows.items()}
+    noise_left = []                                             # by each expert but the last, as a share of what its row asks for: the teacher, asked
+    for k, (_, reached) in enumerate(experts[:-1], 1):          # for the noise in x_s, should find a root mean square of 1
+        x_s = teacher.draw(lambda x, cond, uncond: generate(experts[:k], student_schedule, x, cond), x, prompt[:half], 128)
+        eps_hat = teacher.draw(lambda x, cond, uncond: predict(teacher.net, student_schedule, x, reached[-1], cond)[1], x_s, prompt[:half], 128)
+        noise_left.append(eps_hat.square().mean().sqrt().item())
     if world()[0] == 0:
         print(f"\n{half} images each".ljust(34) + "caption accuracy   coverage TV   precision   diversity")
         for name, (label, _) in rows.items():
             print("{:33s}{accuracy:16.3f}{coverage_tv:14.3f}{precision:12.3f}{diversity:12.3f}".format(label, **table[name]))
-    return table
+        for k, left in enumerate(noise_left, 1):
+            print(f"expert {k} hands on x_s with {left:.3f} of the noise it should have")
+    return dict(table, noise_left=noise_left)
 
 
 def student(args, experts, schedule):

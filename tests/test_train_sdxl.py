@@ -130,3 +130,14 @@ def test_wrong_models(small, tmp_path):
     (other / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     failed(train(small, tmp_path / "b", "--model", str(other)), 1, "StableDiffusionPipeline", "StableDiffusionXLPipeline")
     failed(train(small, tmp_path / "b", "--model", str(other), "--lr-fake", "0"), 2, "--lr-fake 0")
+
+
+def test_the_embedded_run_marks_its_student(tmp_path):
+    """Phased DMD on the shipped teacher, hardly trained: experts that are still the teacher hand on x_s with the noise it should have."""
+    succeeded(Run(ROOT / "train_sdxl.py", *"--method phased_dmd --pairs 48 --pair-steps 4 --iterations-phase 1 --batch-size 2 --ttur 1 --lr-generator 1e-9".split(),
+                  "--out", tmp_path / "out").wait())
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    for row in ("teacher", "untrained", "student"):
+        assert result[row].keys() == {"accuracy", "coverage_tv", "precision", "diversity"} and 0 <= result[row]["accuracy"] <= result[row]["precision"] <= 1, result
+    left, = result["noise_left"]
+    assert 0.9 < left < 1.05, left
