@@ -36,7 +36,7 @@ class Draws:
     """
 
     def __init__(self, seed, iteration, samples, shape, device="cpu", block=1):
-        stream = lambda *key: torch.Generator().manual_seed(int(np.random.SeedSequence((*seed, iteration, *key)).generate_state(1, np.uint64)[0] >> 1))
+        stream = lambda *key: torch.Generator().manual_seed(int(np.random.SeedSequence((*seed, iteration, *key)).generate_state(1, np.uint64)[0]) >> 1)
         self.each, self.common = [stream(0, s) for s in samples], stream(1)
         self.shape, self.device, self.block = tuple(shape), device, block
 

@@ -73,6 +73,12 @@ def run(main):
     raise SystemExit(f"\n{Path(sys.argv[0]).name}: {line}" if first else 1)       # below a progress bar
 
 
+def none_missing(names):
+    """names: of weights that a file had no value for, which libraries draw at random. Raises ValueError if there are any."""
+    if names := sorted(names):
+        raise ValueError(f"no value there for {names[0]}")
+
+
 def read_prompts(path):
     """One prompt a line -> list of strings. Raises Failure, with the line, for what is not such a file."""
     try:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from plumbing import Failure, quiet, read_prompts, run
+from plumbing import Failure, none_missing, quiet, read_prompts, run
 
 
 def files_of(folder):
@@ -51,7 +51,12 @@ def clip_score(files, prompts, folder, batch=32):
     from transformers import CLIPModel, CLIPProcessor
     if len(prompts) != len(files):
         raise Failure(f"--prompts: {len(prompts)} prompts for {len(files)} pictures; give one a picture")
-    model, processor, scores = CLIPModel.from_pretrained(folder).eval(), CLIPProcessor.from_pretrained(folder), []
+    try:
+        model, told = CLIPModel.from_pretrained(folder, output_loading_info=True)
+        none_missing(told["missing_keys"])
+        processor, scores = CLIPProcessor.from_pretrained(folder), []
+    except Exception as e:                                      # transformers has several of its own
+        raise Failure(f"--clip {folder}: not a whole CLIP model ({str(e).splitlines()[0]}); download it again") from e
     for i in range(0, len(files), batch):
         out = model(**processor(text=prompts[i:i + batch], images=pictures(files[i:i + batch]), return_tensors="pt", padding=True, truncation=True))
         scores += (100 * (out.image_embeds * out.text_embeds).sum(1)).tolist()    # both of unit length

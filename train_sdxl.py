@@ -36,7 +36,7 @@ from discriminators import Taps, heads_for
 from ode import Schedule, both, predict, sample
 from phased_dmd import generate, phased_dmd, split
 from plumbing import (Adam, Average, Failure, Lora, NotFinite, Output, StopSignal, autocast, barrier, broadcast, checkpointing, compiled, contact_sheet,
-                      curves, full_copy, gather, goodbye, grid, load_checkpoint, newest_checkpoint, next_experts, on_rank_0, open_tensors, quiet, read_prompts, receive, run,
+                      curves, full_copy, gather, goodbye, grid, load_checkpoint, newest_checkpoint, next_experts, none_missing, on_rank_0, open_tensors, quiet, read_prompts, receive, run,
                       save_checkpoint, shard, sharding, start, tensors_to, usage, verify, world, write_folder)
 
 EMBEDDED = Path(__file__).parent / "teacher"
@@ -414,22 +414,30 @@ def pipeline_config(path, folder):
 def load_pipeline(args, pipelines, hollow=""):
     """The whole pipeline, frozen, in float32, on the host. Raises Failure if --model is none, or not a whole one. hollow: no text encoders,
     and no weights in the network (for a rank that gets its part from rank 0), or in anything ("all", for a dry run)."""
-    quiet()                                                     # before the import, which has things to say
+    quiet()                                                     # before the imports, which have things to say
     import diffusers
+    import transformers
     path = str(args.model or EMBEDDED)
     kind = pipeline_class(path, pipelines)
-    without = {name: None for name in left_out(args, path, kind)}
+    given, safe = {name: None for name in left_out(args, path, kind)}, dict(use_safetensors=True, trust_remote_code=False)   # nothing that runs
+    parts = {k: v[-1] for k, v in pipeline_config(path, "").items() if isinstance(v, list) and v[0] and k not in given}
     if hollow:
         from accelerate import init_empty_weights
         with init_empty_weights():
-            for name, (_, part) in ((k, v) for k, v in pipeline_config(path, "").items() if isinstance(v, list) and v[0]):
+            for name, part in parts.items():
                 if name.startswith("text_encoder"):
-                    without[name] = None
+                    given[name] = None
                 if name.startswith(pipelines[kind]["network"]) or name == "vae" and hollow == "all":
-                    without[name] = getattr(diffusers, part).from_config(pipeline_config(path, name))
+                    given[name] = getattr(diffusers, part).from_config(pipeline_config(path, name))
     try:
-        pipe = getattr(diffusers, kind).from_pretrained(path, **without, **dict(add_watermarker=False) if "XL" in kind else {},
-                                                        use_safetensors=True, trust_remote_code=False).to(torch.float32)   # nothing that runs
+        for name in parts.keys() - given:                       # one by one, to hear what a file lacks: transformers draws it at random
+            if name.startswith("text_encoder"):
+                given[name], told = getattr(transformers, parts[name]).from_pretrained(path, subfolder=name, output_loading_info=True, **safe)
+                none_missing(f"{name}.{k}" for k in told["missing_keys"])
+        pipe = getattr(diffusers, kind).from_pretrained(path, **given, **dict(add_watermarker=False) if "XL" in kind else {}, **safe)
+        none_missing(f"{name}.{k}" for name in parts.keys() - given if isinstance(getattr(pipe, name), torch.nn.Module)
+                     for k, p in getattr(pipe, name).named_parameters() if p.is_meta)                         # diffusers leaves them empty
+        pipe.to(torch.float32)
     except Exception as e:                                      # every library here has errors of its own
         raise Failure(f"--model {path}: not a whole pipeline of safetensors ({str(e).split(chr(10))[0]}); download it again") from e
     for part in pipe.components.values():
@@ -476,7 +484,10 @@ def load_vision_encoder(path, device=None):
     if kind not in classes:
         raise Failure(f"--pixel-backbone {path}: a {kind} model; give a SAM or a DINOv2")
     try:
-        return device and classes[kind].from_pretrained(path, use_safetensors=True).to(device, torch.float32)
+        if device:
+            net, told = classes[kind].from_pretrained(path, use_safetensors=True, output_loading_info=True)
+            none_missing(told["missing_keys"])
+            return net.to(device, torch.float32)
     except Exception as e:
         raise Failure(f"--pixel-backbone {path}: not a whole model of safetensors ({str(e).split(chr(10))[0]}); download it again") from e
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import ablations
 import pipelines
@@ -112,3 +113,7 @@ def test_clip_score_is_the_cosine(tmp_path):
     (tmp_path / "prompts.txt").write_text("a dog")
     failed(run("--clip", tmp_path / "clip", "--prompts", tmp_path / "prompts.txt"), 1, "1 prompts for 3 pictures")
     failed(run("--lpips", tmp_path / "none"), 1, "--lpips", "not there")
+    file = tmp_path / "clip" / "model.safetensors"
+    save_file({k: v for k, v in load_file(file).items() if "visual_projection" not in k}, file, metadata=dict(format="pt"))
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    failed(run("--clip", tmp_path / "clip", "--prompts", tmp_path / "prompts.txt"), 1, "visual_projection")

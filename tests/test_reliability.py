@@ -479,6 +479,22 @@ def test_18_pickles_and_code_in_models(small, reference, folder):
     assert not mark.exists()
 
 
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2", "unet", "vae", "vision"])
+def test_weights_that_a_file_lacks(small, tmp_path, part):
+    """Of which transformers would draw new ones and diffusers make none, both without a word after quiet()."""
+    vision = part == "vision"
+    shutil.copytree(small / ("vision" if vision else "model"), tmp_path / "model")
+    file, = (tmp_path / "model" / ("" if vision else part)).glob("*.safetensors")
+    state = load_file(file)
+    lost = sorted(state)[len(state) // 2]
+    save_file({k: v for k, v in state.items() if k != lost}, file, metadata=dict(format="pt"))
+    with pytest.raises(Failure, match=rf"{tmp_path / 'model'}: not a whole .*no value there for .*{lost.split('.')[-2]}"):
+        if vision:
+            train_sdxl.load_vision_encoder(str(tmp_path / "model"), "cpu")
+        else:
+            train_sdxl.load_pipeline(SimpleNamespace(model=str(tmp_path / "model"), no_t5=False), train_sdxl.PIPELINES)
+
+
 @long
 def test_18_pickles_and_paths_in_checkpoints(small, reference, folder):
     """A checkpoint of pickles with honest hashes, and one with ../ in its manifest, are refused; what else lies about is not opened."""
