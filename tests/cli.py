@@ -5,11 +5,12 @@ import os
 import re
 import runpy
 import signal
-import socket
 import sys
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from multiprocessing.connection import wait as readable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -30,6 +31,7 @@ import phased_dmd, plumbing, shapes, toys  # noqa: E401, E402, F401
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["cli"])
+ONE = threading.Lock()                                          # starting a process polls all others: two threads that poll one read its exit code once, and 255
 
 
 def script(argv, group, folder, out, err):
@@ -54,22 +56,23 @@ class Run:
 
     def __init__(self, *argv, ranks=0, folder=ROOT):
         self.folder = tempfile.mkdtemp()
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = str(s.getsockname()[1])
+        self.store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if ranks else None   # outlives rank 0
         self.processes = []
         for rank in range(ranks or 1):
-            group = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=port) if ranks else {}
+            group = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(self.store.port),
+                         TORCHELASTIC_USE_AGENT_STORE="True") if ranks else {}
             for file in self.files(rank):
                 Path(file).touch()                              # for one that is killed before it gets there
             self.processes.append(FORKS.Process(target=script, args=(argv, group, str(folder), *self.files(rank))))
-            self.processes[-1].start()
+            with ONE:
+                self.processes[-1].start()
 
     def files(self, rank):
         return f"{self.folder}/{rank}.out", f"{self.folder}/{rank}.err"
 
     def alive(self):
-        return any(p.is_alive() for p in self.processes)
+        with ONE:
+            return any(p.is_alive() for p in self.processes)
 
     def send(self, number):
         for p in self.processes:
@@ -78,14 +81,16 @@ class Run:
     def wait(self):
         """-> self, with returncode, stdout and stderr as subprocess gives them; of several ranks the worst, and all together."""
         for p in self.processes:
-            p.join()
+            readable([p.sentinel])                              # without the lock: it takes as long as the run
+            with ONE:
+                p.join()
         self.returncode = max((p.exitcode for p in self.processes), key=abs)
         self.stdout, self.stderr = ("".join(Path(self.files(r)[k]).read_text() for r in range(len(self.processes))) for k in (0, 1))
         return self
 
 
 def succeeded(done):
-    assert done.returncode == 0, (done.stdout[-1000:], done.stderr[-3000:])
+    assert done.returncode == 0, (done.returncode, done.stdout[-1000:], done.stderr[-3000:])
     return done
 
 
