@@ -114,17 +114,18 @@ def quiet():
 def start(alone=False):
     """Join torchrun's process group if there is one -> this process's device. alone: make a group of one if there is none, for sharding."""
     cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"          # gloo as well: offloaded tensors, and flags, are on the host
     if dist.is_initialized():
         pass
     elif "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend)
-        dist.barrier()                                          # a rank that fails at once would break this step of those still in it
+        barrier()                                               # a rank that fails at once would break this step of those still in it
     elif alone:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    return device
 
 
 def barrier():
