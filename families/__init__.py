@@ -1,0 +1,1 @@
+"""All that is particular to one family of models: a file each."""

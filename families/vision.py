@@ -1,0 +1,65 @@
+"""The pixel discriminator's backbones: the vision half of a SAM model (the paper), or a DINOv2
+(ablation A2)."""
+import torch
+import torch.nn.functional as F
+
+from discriminators import Taps, to_grid
+from training.errors import Failure, none_missing
+
+
+def quarters(layers):
+    """Layers 3, 6, 9 and 12 of a ViT of twelve (B.1); of deeper ones the same four places."""
+    return [layers[len(layers) * k // 4 - 1] for k in (1, 2, 3, 4)]
+
+
+def vision_taps(net):
+    """Taps on a vision encoder of transformers, SAM's or a DINOv2, for images [B,3,H,W] in [-1,1].
+    Raises ValueError for another network."""
+    config = net.config
+
+    def prepare(images):
+        """To the encoder's own size, with ImageNet's mean and deviation."""
+        images = F.interpolate(images, size=(config.image_size, config.image_size), mode="bilinear",
+                               antialias=True, align_corners=False)
+        mean = torch.tensor([0.485, 0.456, 0.406], device=images.device).view(3, 1, 1)
+        deviation = torch.tensor([0.229, 0.224, 0.225], device=images.device).view(3, 1, 1)
+        return ((images + 1) / 2 - mean) / deviation
+
+    def sam_map(x, output, cond):
+        return output.permute(0, 3, 1, 2)       # channels last
+
+    def dinov2_map(x, output, cond):
+        height, width = x.shape[2] // config.patch_size, x.shape[3] // config.patch_size
+        return to_grid(output[:, 1:], height, width)        # the first token is CLS
+
+    kind = type(net).__name__
+    if kind == "SamVisionModel":
+        return Taps(net, quarters(net.vision_encoder.layers), sam_map, prepare)
+    if kind == "Dinov2Model":
+        return Taps(net, quarters(net.encoder.layer), dinov2_map, prepare)
+    raise ValueError(f"no taps are known for a {kind}; known are SamVisionModel and Dinov2Model")
+
+
+def load_vision_encoder(path, device=None):
+    """The encoder in float32 on `device`; without a device, only look whether it is one. Raises
+    Failure if it is neither a SAM nor a DINOv2, or not whole."""
+    from transformers import AutoConfig, Dinov2Model, SamVisionModel
+    try:
+        kind = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
+    except (OSError, ValueError, KeyError) as e:
+        raise Failure(f"--pixel-backbone {path}: no such model, here or on the hub; give a SAM or "
+                      f"DINOv2 directory or hub id") from e
+    classes = {"sam": SamVisionModel, "sam_vision_model": SamVisionModel, "dinov2": Dinov2Model}
+    if kind not in classes:
+        raise Failure(f"--pixel-backbone {path}: a {kind} model; give a SAM or a DINOv2")
+    if device is None:
+        return None
+    try:
+        net, told = classes[kind].from_pretrained(path, use_safetensors=True,
+                                                  output_loading_info=True)
+        none_missing(told["missing_keys"])
+        return net.to(device, torch.float32)
+    except Exception as e:                                  # transformers has several of its own
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise Failure(f"--pixel-backbone {path}: not a whole model of safetensors ({reason}); "
+                      f"download it again") from e

@@ -1,0 +1,1 @@
+"""The lesson: small worlds in which every claim of the papers can be seen."""

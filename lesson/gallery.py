@@ -1,0 +1,125 @@
+"""Five ways a run goes wrong, each beside a healthy twin that differs in one thing.
+
+    python -m lesson.gallery            # seed 0, two cores; twins that lesson.ablations made are
+                                        # not made again
+
+Writes lesson/results/gallery.png, four samples of the same noise and all losses of both runs, and
+gallery.json.
+"""
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors.torch import load_file
+
+from lesson.runs import (RESULTS, ROOT, ROWS, SGTS, WITHOUT_ADP, Job, Row, losses, patched,
+                         result_of, trained)
+from training.errors import run_main
+from training.pictures import pyplot
+
+SEED = 0
+
+
+class Mistake(NamedTuple):
+    twin: str                   # the healthy run beside it
+    flags: str
+    diff: str = None            # a change of the code where flags cannot do it, in hacks/
+
+
+LONGER = {"Phased DMD, longer": Row("four steps, two experts, 150 each", "--method phased_dmd")}
+FAILURES = {
+    "D too strong": Mistake(
+        "A5", "--method adp --lr-discriminator 3e-2 --lr-generator-adp 3e-5"),
+    "no ADP": Mistake("B4", WITHOUT_ADP),
+    # a guidance weight counted from the prompt is 1 - w
+    "guidance the wrong way round": Mistake("SGTS", f"{SGTS} --guidance -3 -1"),
+    "stale fake score": Mistake("SGTS", f"{SGTS} --lr-fake 1e-9"),
+    "biased subinterval target": Mistake(
+        "Phased DMD, longer", "--method phased_dmd", "biased_target.diff"),
+}
+
+
+def train_all(out, at_a_time):
+    """All failures, their twins, and what the twins go on from -> {name: folder}."""
+    rows = ROWS | LONGER
+    jobs = {}
+    for mistake in FAILURES.values():
+        for name in (rows[mistake.twin].follows, mistake.twin):
+            if name is not None:
+                jobs[name] = Job(SEED, name, rows[name].flags, rows[name].follows)
+    for name, mistake in FAILURES.items():
+        code = patched(out, mistake.diff) if mistake.diff else ROOT
+        jobs[name] = Job(SEED, name, mistake.flags, code=code)
+    folders = trained(out, list(jobs.values()), at_a_time)
+    return {name: folders[SEED, name] for name in jobs}
+
+
+def four_in_one(images):
+    """[4,3,H,W] in [-1,1] -> one picture [2H,2W,3] in [0,1]."""
+    pixels = (images.clamp(-1, 1) + 1).div(2).permute(0, 2, 3, 1).unflatten(0, (2, 2))
+    return pixels.permute(0, 2, 1, 3, 4).flatten(0, 1).flatten(1, 2)    # of [2,2,H,W,3]
+
+
+def draw_samples(ax, label, folder, figures):
+    images = load_file(folder / "samples" / "samples.safetensors")["images"][:4]    # [4,3,32,32]
+    ax.imshow(four_in_one(images))
+    ax.set(xticks=[], yticks=[])
+    title = (f"{label}\naccuracy {figures['accuracy']:.2f}, "
+             f"coverage TV {figures['coverage_tv']:.2f}")
+    for left in figures["noise_left"]:
+        title += f"\nnoise left {left:.2f}"
+    ax.set_title(title, fontsize=9)
+
+
+def draw_losses(axes, healthy, failed):
+    """A panel for each loss of the failed run. healthy, failed: {name: [(iteration, value),
+    ...]}."""
+    for ax in axes[len(failed):]:
+        ax.axis("off")
+    for ax, name in zip(axes, failed):
+        ax.plot(*zip(*healthy.get(name, [(0, float("nan"))])), color="C7", lw=1, label="healthy")
+        ax.plot(*zip(*failed[name]), color="C3", lw=1, label="failed")
+        ax.set_title(name, fontsize=9)
+    axes[0].legend(fontsize=7)
+
+
+def save_gallery(results, folders):
+    """gallery.png, a line for each failure, and gallery.json."""
+    figure, axes = pyplot().subplots(
+        len(FAILURES), 6, figsize=(15, 2.5 * len(FAILURES)), layout="constrained",
+        width_ratios=(1.2, 1.2, 1, 1, 1, 1))
+    facts = {}
+    for (name, mistake), line in zip(FAILURES.items(), axes):
+        twin, failed = folders[mistake.twin], folders[name]
+        for ax, label, folder in ((line[0], f"healthy ({mistake.twin})", twin),
+                                  (line[1], name, failed)):
+            result = result_of(folder)
+            facts[label] = dict(result["student"], noise_left=result["noise_left"])
+            draw_samples(ax, label, folder, facts[label])
+        draw_losses(line[2:], losses(twin), losses(failed))
+    figure.savefig(results / "gallery.png", dpi=80)
+    (results / "gallery.json").write_text(json.dumps(facts, indent=1))
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    p.add_argument("--out", default="out/ablations", help="where the runs are kept")
+    p.add_argument("--results", default=RESULTS, help="where figures and picture go")
+    args = p.parse_args()
+    if args.jobs < 1:
+        p.error("--jobs must be above 0")
+    began = time.time()
+    out = Path(args.out).resolve()
+    results = Path(args.results)
+    out.mkdir(parents=True, exist_ok=True)
+    results.mkdir(parents=True, exist_ok=True)
+    save_gallery(results, train_all(out, args.jobs))
+    print(f"{time.time() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    run_main(main)

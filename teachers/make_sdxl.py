@@ -1,0 +1,268 @@
+"""Train the embedded teacher from nothing: a small, complete SDXL pipeline that draws captioned
+shapes, and the vision encoder that the pixel discriminator looks through.
+
+    python -m teachers.make_sdxl --out teachers/sdxl        # about an hour on two cores
+
+`python -m teachers.shapes` marks what comes out.
+"""
+import argparse
+import math
+import time
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from adm import score_loss
+from families.vision import vision_taps
+from teachers.shapes import CAPTIONS, CELLS, PX, accuracy, every_drawing, mark, read
+from training.schedules import from_diffusers
+
+# --------------------------------------------------------------------------- the untrained pipeline
+
+
+def merges_of(word):
+    """The byte-pair merges, left to right, that make one token of a word: [(left, right), ...]."""
+    parts = [*word[:-1], word[-1] + "</w>"]
+    merges = []
+    while len(parts) > 1:
+        merges.append((parts[0], parts[1]))
+        parts[:2] = [parts[0] + parts[1]]
+    return merges
+
+
+def tokenizer():
+    """CLIP's byte-pair tokenizer with one token for each word of the captions, and bytes for
+    everything else."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+    alphabet = sorted(ByteLevel.alphabet())
+    vocabulary = alphabet + [letter + "</w>" for letter in alphabet]
+    words = sorted({word for caption in CAPTIONS for word in caption.split()})
+    merges = []
+    for word in words:
+        for left, right in merges_of(word):
+            if (left, right) not in merges:
+                merges.append((left, right))
+                vocabulary.append(left + right)
+    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
+    numbers = {token: i for i, token in enumerate(vocabulary)}
+    return CLIPTokenizer(vocab=numbers, merges=merges, model_max_length=16)
+
+
+def small_unet():
+    from diffusers import UNet2DConditionModel
+    return UNet2DConditionModel(
+        sample_size=PX // 4, layers_per_block=1, block_out_channels=(32, 64, 64),
+        norm_num_groups=16, attention_head_dim=(2, 4, 4), cross_attention_dim=64,
+        transformer_layers_per_block=1, use_linear_projection=True,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 32)
+
+
+def small_vae():
+    from diffusers import AutoencoderKL
+    return AutoencoderKL(
+        sample_size=PX, block_out_channels=(16, 32, 32), norm_num_groups=16, layers_per_block=1,
+        latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3)
+
+
+def build():
+    """The untrained pipeline: every class of Stable Diffusion XL, in small."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+    words = tokenizer()
+    text = CLIPTextConfig(
+        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=16, projection_dim=32,
+        bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id)
+    unet = small_unet()
+    vae = small_vae()
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+        timestep_spacing="leading", steps_offset=1, prediction_type="epsilon")
+    return StableDiffusionXLPipeline(
+        vae=vae, unet=unet, scheduler=scheduler, tokenizer=words, tokenizer_2=words,
+        text_encoder=CLIPTextModel(text), text_encoder_2=CLIPTextModelWithProjection(text),
+        force_zeros_for_empty_prompt=True, add_watermarker=False)
+
+
+# ---------------------------------------------------------------------------------------- training
+
+
+def train_vae(vae, images, iterations, lr=2e-3, batch=32):
+    """Squared error and a whisper of KL; then the scaling factor that gives the latents unit
+    variance."""
+    optimizer = torch.optim.AdamW(vae.parameters(), lr, weight_decay=0.0)
+    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=iterations,
+                                                pct_start=0.05)
+    for i in range(iterations):
+        x = images[torch.randint(len(images), (batch,))]
+        posterior = vae.encode(x).latent_dist
+        decoded = vae.decode(posterior.sample()).sample
+        loss = F.mse_loss(decoded, x) + 1e-5 * posterior.kl().mean() / x[0].numel()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        rates.step()
+        if i % 100 == 0:
+            print(f"vae {i:5d}  loss {loss.item():.5f}", flush=True)
+    vae.eval()
+    with torch.no_grad():
+        deviation = vae.encode(images[::61]).latent_dist.mode().std().item()
+        vae.register_to_config(scaling_factor=1 / deviation)
+
+
+@torch.no_grad()
+def encode_all(vae, images):
+    """Images [n,3,32,32] -> scaled latents [n,4,8,8]."""
+    latents = [vae.encode(part).latent_dist.mode() for part in images.split(512)]
+    return torch.cat(latents) * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def decode_all(vae, latents):
+    scale = vae.config.scaling_factor
+    return torch.cat([vae.decode(part / scale).sample for part in latents.split(512)])
+
+
+def pretrain(name, nets, loss_of, accuracy_of, iterations, lr=1e-3, ema=0.999):
+    """Ordinary pre-training of `nets`, a ModuleList: warm-up, cosine, clipping -> its EMA.
+
+    loss_of(): draws a batch and returns its loss. accuracy_of(nets): marks what they draw by now.
+    """
+    average = deepcopy(nets).eval()
+    optimizer = torch.optim.AdamW(nets.train().parameters(), lr, betas=(0.9, 0.99),
+                                  weight_decay=0.0)
+
+    def rate(i):
+        return min(1, (i + 1) / 200) * 0.5 * (1 + math.cos(math.pi * i / iterations))
+
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    for i in range(iterations):
+        loss = loss_of()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(nets.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        rates.step()
+        with torch.no_grad():
+            step = 1 - min(ema, (i + 1) / (i + 10))             # a short memory at first
+            torch._foreach_lerp_(list(average.parameters()), list(nets.parameters()), step)
+        if i % 500 == 499 or i == iterations - 1:
+            print(f"{name} {i + 1:5d}  loss {loss.item():.4f}  "
+                  f"accuracy {accuracy_of(average):.3f}", flush=True)
+    return average
+
+
+def train_teacher(pipe, index, latents, iterations, batch=64):
+    """Epsilon targets (Eq. 2) for the UNet and, because it is cheap here, for both text
+    encoders. index [n]: the caption of each latent."""
+    schedule = from_diffusers(pipe.scheduler)
+    time_ids = torch.tensor([[PX, PX, 0, 0, PX, PX]]).repeat(batch, 1)
+    nets = torch.nn.ModuleList([pipe.unet, pipe.text_encoder, pipe.text_encoder_2])
+
+    def use(nets):
+        pipe.unet, pipe.text_encoder, pipe.text_encoder_2 = nets
+
+    def loss_of():
+        use(nets)                                       # accuracy_of has put the average there
+        pick = torch.randint(len(latents), (batch,))
+        tokens, _, pooled, _ = pipe.encode_prompt(CAPTIONS, device="cpu",
+                                                  do_classifier_free_guidance=False)
+        keep = (torch.rand(batch) > 0.1).float()[:, None]       # the empty prompt is zeros: SDXL
+        caption = index[pick]
+        cond = dict(encoder_hidden_states=tokens[caption] * keep[:, None],
+                    added_cond_kwargs=dict(text_embeds=pooled[caption] * keep, time_ids=time_ids))
+        eps = torch.randn(batch, *latents.shape[1:])
+        t = torch.randint(1, schedule.T + 1, (batch,))
+        return score_loss(pipe.unet, schedule, latents[pick], eps, t, cond)
+
+    def accuracy_of(nets):
+        use(nets)
+        right, _ = mark(pipe, 144)
+        return right
+
+    use(pretrain("teacher", nets, loss_of, accuracy_of, iterations))
+
+
+def small_vision_encoder(kind):
+    """An untrained 'sam', or a 'dinov2' as large (ablation A2)."""
+    from transformers import Dinov2Config, Dinov2Model, SamVisionConfig, SamVisionModel
+    size = dict(image_size=PX, patch_size=4, hidden_size=48, num_hidden_layers=4,
+                num_attention_heads=4)
+    if kind == "dinov2":
+        return Dinov2Model(Dinov2Config(**size, mlp_ratio=2))
+    return SamVisionModel(SamVisionConfig(**size, mlp_dim=96, output_channels=48, window_size=0,
+                                          global_attn_indexes=[0, 1, 2, 3]))
+
+
+def train_vision_encoder(index, images, iterations, lr=1e-3, batch=64, kind="sam"):
+    """A small vision encoder that names captions and places: what the pixel discriminator looks
+    through, as the paper's looks through the SAM of the wide world. kind: see
+    small_vision_encoder."""
+    net = small_vision_encoder(kind)
+    to_caption = torch.nn.Linear(48, len(CAPTIONS))
+    to_cell = torch.nn.Linear(48, CELLS**2)
+    prepare = vision_taps(net).prepare
+    net.requires_grad_(True)                            # taps freeze what they read
+    cells = torch.cat([read(part)[1] for part in images.split(1024)])
+    parameters = [*net.parameters(), *to_caption.parameters(), *to_cell.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.01)
+    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=iterations,
+                                                pct_start=0.1)
+    for i in range(iterations):
+        pick = torch.randint(len(images), (batch,))
+        noise_level = 0.2 * torch.rand(batch, 1, 1, 1)
+        x = images[pick] + noise_level * torch.randn(batch, 3, PX, PX)
+        features = net(prepare(x)).last_hidden_state    # SAM [B,48,8,8], DINOv2 [B,65,48]
+        features = features.mean((2, 3) if features.dim() == 4 else 1)              # [B,48]
+        captions = to_caption(features)                                             # [B,72]
+        loss = (F.cross_entropy(captions, index[pick])
+                + F.cross_entropy(to_cell(features), cells[pick]))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        rates.step()
+        if i % 100 == 99:
+            right = (captions.argmax(1) == index[pick]).float().mean()
+            print(f"vision encoder {i + 1:5d}  loss {loss.item():.3f}  "
+                  f"captions named {right:.2f}", flush=True)
+    return net
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--out", default="out/teacher", help="where the pipeline goes")
+    p.add_argument("--vae-iterations", type=int, default=3000)
+    p.add_argument("--iterations", type=int, default=12000, help="of UNet and text encoders")
+    p.add_argument("--vision-iterations", type=int, default=1500)
+    p.add_argument("--seed", type=int, default=0)
+    args = p.parse_args()
+    began = time.time()
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+
+    torch.manual_seed(args.seed)
+    index, images = every_drawing()
+    pipe = build()
+    train_vae(pipe.vae, images, args.vae_iterations)
+    latents = encode_all(pipe.vae, images)
+    right = accuracy(decode_all(pipe.vae, latents[::29]), [CAPTIONS[i] for i in index[::29]])
+    print(f"true drawings, encoded and decoded: read correctly {right:.3f}")
+    train_teacher(pipe, index, latents, args.iterations)
+    pipe.to(torch.bfloat16).save_pretrained(out, safe_serialization=True)
+    vision = train_vision_encoder(index, images, args.vision_iterations)
+    vision.to(torch.bfloat16).save_pretrained(out / "vision_encoder")
+    print(f"saved {out} after {time.time() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

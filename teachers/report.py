@@ -1,0 +1,60 @@
+"""The table at the end of an embedded teacher's run: teacher, untrained and trained student, each
+marked by the reader of teachers/shapes.py."""
+from ode import predict
+from phased_dmd import generate
+from teachers.shapes import marks
+from training.batches import fixed_noise
+from training.pairs import load_pairs
+from training.ranks import world
+from training.show import student_sampler
+
+
+def report(run, experts, schedule):
+    """Print the table -> dict for result.json. Half of the pairs are the teacher's row; the other
+    half are the reference that places are compared with."""
+    args, teacher = run.args, run.teacher
+    _, x_0, prompt = load_pairs(args, run.out, teacher)
+    half = len(prompt) // 2
+    captions = [teacher.prompts[i] for i in prompt[:half]]
+    reference = teacher.images(x_0[half:])
+    x_T = fixed_noise(args, teacher, "report", half)
+
+    def draw(sampler):
+        return teacher.images(teacher.draw(sampler, x_T, prompt[:half], 128))
+
+    untrained = teacher.sampler(teacher.schedule.stops(args.steps), args.pair_guidance)
+    labels = dict(teacher=f"teacher, {args.pair_steps} steps with guidance",
+                  untrained=f"teacher, {args.steps} step",
+                  student=f"student, {args.steps} step")
+    images = dict(teacher=teacher.images(x_0[:half]),
+                  untrained=draw(untrained),
+                  student=draw(student_sampler(args, experts, schedule)))
+    table = {row: marks(images[row], captions, reference) for row in labels}
+    left = noise_left(teacher, experts, schedule, x_T, prompt[:half])
+    if world()[0] == 0:
+        print(f"\n{half} images each".ljust(34)
+              + "caption accuracy   coverage TV   precision   diversity")
+        for row, label in labels.items():
+            print("{:33s}{accuracy:16.3f}{coverage_tv:14.3f}{precision:12.3f}{diversity:12.3f}"
+                  .format(label, **table[row]))
+        for k, share in enumerate(left, 1):
+            print(f"expert {k} hands on x_s with {share:.3f} of the noise it should have")
+    return dict(table, noise_left=left)
+
+
+def noise_left(teacher, experts, schedule, x_T, prompt):
+    """For each expert but the last, how much noise is in the x_s it hands on, as a share of what
+    its time asks for: the teacher, asked for the noise in x_s, should find a root mean square of 1.
+    """
+    shares = []
+    for k, expert in enumerate(experts[:-1], 1):
+        def to_x_s(x, cond, uncond):
+            return generate(experts[:k], schedule, x, cond)
+
+        def to_eps_hat(x, cond, uncond):
+            return predict(teacher.net, schedule, x, expert.stops[-1], cond)[1]
+
+        x_s = teacher.draw(to_x_s, x_T, prompt, 128)
+        eps_hat = teacher.draw(to_eps_hat, x_s, prompt, 128)
+        shares.append(eps_hat.square().mean().sqrt().item())
+    return shares

@@ -1,0 +1,266 @@
+"""The world of the embedded teacher: captioned shapes, and the exact reader that marks drawings of
+them. It is why the main job needs no download and no learned metric.
+
+    python -m teachers.shapes                               # mark the shipped teacher (a minute)
+        teacher, 25 steps: caption accuracy 0.986   coverage TV between halves 0.167
+    python -m teachers.shapes --mark out/sdxl/export        # mark a student, or any other pipeline
+                                                            # that draws these captions, as its
+                                                            # model card samples it
+
+A caption such as "a small red circle on blue" fixes shape, size, colour and background; it leaves
+the *place* open. So caption accuracy (is what was asked for there?) plays the part that CLIP score
+plays in the paper, and the total variation between the places drawn by student and teacher plays
+the part of diversity.
+
+The teacher itself is trained by teachers/make_sdxl.py.
+"""
+import argparse
+import itertools
+import json
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from training.export import load_student
+from training.pictures import grid
+
+SHIPPED = Path(__file__).parent / "sdxl"
+
+# -------------------------------------------------------------------------- captions and drawings
+
+PX = 32                                         # images are [B,3,32,32] in [-1,1]
+COLOURS = {
+    "red": (0.9, 0.1, 0.1),
+    "green": (0.1, 0.7, 0.2),
+    "blue": (0.15, 0.25, 0.9),
+    "yellow": (0.95, 0.85, 0.1),
+}
+PALETTE = torch.tensor(list(COLOURS.values()))  # [4,3] in [0,1]
+SIZES = {"small": 9, "large": 15}               # pixels
+SHAPES = ("circle", "square", "triangle")
+CELLS = 4                                       # places are counted in a 4x4 grid
+
+
+def every_caption():
+    captions = []
+    for size, colour, shape, ground in itertools.product(SIZES, COLOURS, SHAPES, COLOURS):
+        if colour != ground:
+            captions.append(f"a {size} {colour} {shape} on {ground}")
+    return captions
+
+
+CAPTIONS = every_caption()                      # 72 of them
+
+
+def stencil(shape, side):
+    """The shape as a 0/1 mask [side,side]."""
+    axis = (torch.arange(side) + 0.5) / side * 2 - 1
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    if shape == "circle":
+        inside = x**2 + y**2 <= 1
+    elif shape == "square":
+        inside = torch.ones_like(x, dtype=torch.bool)
+    else:
+        inside = x.abs() <= (y + 1) / 2
+    return inside.float()
+
+
+STENCILS = [(shape, size, stencil(shape, side)) for shape in SHAPES for size, side in SIZES.items()]
+
+
+def colour_of(name):
+    return torch.tensor(COLOURS[name])[:, None, None]                           # [3,1,1]
+
+
+def draw(caption, top, left):
+    """One true drawing, [3,32,32] in [-1,1], with the shape's bounding box at (top, left)."""
+    _, size, colour, shape, _, ground = caption.split()
+    side = SIZES[size]
+    mask = torch.zeros(PX, PX)
+    mask[top:top + side, left:left + side] = stencil(shape, side)
+    return (colour_of(colour) * mask + colour_of(ground) * (1 - mask)) * 2 - 1
+
+
+def every_drawing():
+    """All true drawings: captions [n] as indices and images [n,3,32,32]; n = 32,400, every caption
+    at every place."""
+    index, images = [], []
+    for i, caption in enumerate(CAPTIONS):
+        free = PX - SIZES[caption.split()[1]] + 1
+        for top, left in itertools.product(range(free), repeat=2):
+            index.append(i)
+            images.append(draw(caption, top, left))
+    return torch.tensor(index), torch.stack(images)
+
+
+# ------------------------------------------------------------------------------------- the reader
+
+
+def read(images):
+    """What is drawn? images [B,3,32,32] in [-1,1] -> (captions, a list of B strings, None where
+    nothing is legible; places LongTensor [B], the cell of the 4x4 grid of possible places, -1 where
+    illegible).
+
+    Every pixel is named by its nearest colour. The commonest name is the ground, the next the
+    shape's colour. The stencil and place with the fewest misnamed pixels win. More misnamed pixels
+    than a quarter of the stencil: illegible.
+    """
+    rgb = (images.float().cpu().clamp(-1, 1) + 1) / 2
+    distance = (rgb[:, None] - PALETTE[None, :, :, None, None]).square().sum(2)     # [B,4,32,32]
+    names = distance.argmin(1)                                                      # [B,32,32]
+    count = F.one_hot(names.flatten(1), len(COLOURS)).sum(1)                        # [B,4]
+    ground = count.argmax(1)                                                        # [B]
+    colour = count.scatter(1, ground[:, None], -1).argmax(1)                        # [B]
+    stencils, cells, misnamed = best_fit(names, ground, colour)
+    colours = list(COLOURS)
+    captions = []
+    for k, c, g, part in zip(stencils.tolist(), colour.tolist(), ground.tolist(),
+                             misnamed.tolist()):
+        shape, size, _ = STENCILS[k]
+        legible = part <= 0.25
+        captions.append(f"a {size} {colours[c]} {shape} on {colours[g]}" if legible else None)
+    return captions, cells.masked_fill(misnamed > 0.25, -1)
+
+
+def best_fit(names, ground, colour):
+    """The stencil and place that fit best. names [B,32,32] of the pixels, ground and colour [B] ->
+    (index into STENCILS [B], cell [B], misnamed pixels as a part of the stencil [B])."""
+    off_ground = (names != ground[:, None, None]).float()[:, None]                  # [B,1,32,32]
+    is_colour = (names == colour[:, None, None]).float()[:, None]
+    B = len(names)
+    best = torch.full((B,), float("inf"))
+    which = torch.zeros(B, dtype=torch.long)
+    cell = torch.zeros(B, dtype=torch.long)
+    for k, (_, _, mask) in enumerate(STENCILS):
+        # wrong: pixels outside that are not ground, and pixels inside that are not the colour
+        off_ground_inside = F.conv2d(off_ground, mask[None, None])[:, 0]            # [B,free,free]
+        right_inside = F.conv2d(is_colour, mask[None, None])[:, 0]
+        wrong = (off_ground.sum((1, 2, 3))[:, None, None] + mask.sum()
+                 - off_ground_inside - right_inside)
+        free = wrong.shape[-1]                                          # places along an axis
+        least, place = (wrong / mask.sum()).flatten(1).min(1)                       # [B]
+        down, across = place // free, place % free
+        cell_here = (down * CELLS // free) * CELLS + across * CELLS // free
+        better = least < best
+        best = best.where(~better, least)
+        which = which.masked_fill(better, k)
+        cell = cell.where(~better, cell_here)
+    return which, cell, best
+
+
+# -------------------------------------------------------------------------------------- the marks
+
+
+def agreement(said, captions):
+    return sum(a == b for a, b in zip(said, captions)) / len(captions)
+
+
+def accuracy(images, captions):
+    """Fraction of images that show exactly what their caption says."""
+    said, _ = read(images)
+    return agreement(said, captions)
+
+
+def coverage_tv(images, reference):
+    """Total variation, in [0,1], between the places of two sets of images (illegible ones form a
+    cell of their own)."""
+    _, cells = read(images)
+    _, reference_cells = read(reference)
+    return places_tv(cells, reference_cells)
+
+
+def cell_shares(cells):
+    """Cells LongTensor [B], -1 where illegible -> their shares [17]."""
+    return torch.bincount(cells + 1, minlength=CELLS**2 + 1) / len(cells)
+
+
+def places_tv(cells, reference):
+    """The same of places that were read, LongTensors [B] and [B']."""
+    return 0.5 * (cell_shares(cells) - cell_shares(reference)).abs().sum().item()
+
+
+def marks(images, captions, reference):
+    """The whole report on images [B,3,32,32] drawn for these captions, beside those of a reference
+    -> dict of fractions:
+
+    accuracy, coverage_tv: as above.
+    precision: of images that are legible, whatever they say.
+    diversity: how often two legible ones of one caption differ in their cell (the part of LPIPS in
+    the paper's Tab. 6).
+    """
+    said, cells = read(images)
+    _, reference_cells = read(reference)
+    legible = [(caption, cell) for caption, cell in zip(captions, cells.tolist()) if cell >= 0]
+    differ = []
+    for (caption, cell), (other_caption, other_cell) in itertools.combinations(sorted(legible), 2):
+        if caption == other_caption:
+            differ.append(cell != other_cell)
+    return dict(accuracy=agreement(said, captions),
+                coverage_tv=places_tv(cells, reference_cells),
+                precision=len(legible) / len(captions),
+                diversity=sum(differ) / max(len(differ), 1))
+
+
+@torch.no_grad()
+def mark(pipe, n=576, seed=0, **call):
+    """Draw n captions in turn, as the teacher samples or as `call` says -> (accuracy, images
+    [n,3,32,32] in [-1,1])."""
+    captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(n)]
+    pipe.set_progress_bar_config(disable=True)
+    call = dict(num_inference_steps=25, guidance_scale=3.0) | call
+    drawn = pipe(captions, **call, generator=torch.Generator().manual_seed(seed), output_type="pt")
+    images = drawn.images * 2 - 1
+    return accuracy(images, captions), images
+
+
+def shipped_teacher():
+    """The trained pipeline of teachers/sdxl, float32."""
+    from diffusers import StableDiffusionXLPipeline
+    pipe = StableDiffusionXLPipeline.from_pretrained(str(SHIPPED), add_watermarker=False)
+    return pipe.to(torch.float32)
+
+
+def mark_student(folder, samples, seed, out):
+    pipe, call = load_student(folder, dtype=torch.float32)
+    right, _ = mark(pipe, samples, seed=seed, **call)
+    (out / "result.json").write_text(json.dumps(dict(accuracy=right, samples=samples)))
+    print(f"{folder}: caption accuracy {right:.3f} on {samples} images")
+
+
+def mark_teacher(out):
+    """Print the shipped teacher's marks at 25, 8, 4 and 1 steps, and write a picture."""
+    began = time.time()
+    pipe = shipped_teacher()
+    shown, result = {}, {}
+    for steps in (25, 8, 4, 1):
+        right, images = mark(pipe, 288, num_inference_steps=steps)
+        tv = coverage_tv(images[144:], images[:144])
+        result[str(steps)] = dict(accuracy=right, coverage_tv=tv)
+        print(f"teacher, {steps:2d} steps: caption accuracy {right:.3f}   "
+              f"coverage TV between halves {tv:.3f}")
+        shown[f"{steps} steps"] = images[:72:9]
+    grid(out / "shapes.png", shown, CAPTIONS[::9])
+    (out / "result.json").write_text(json.dumps(result, indent=1))
+    print(f"wrote {out}/shapes.png and {out}/result.json in {time.time() - began:.0f} s")
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--mark", metavar="FOLDER", help="an exported student (default: the teacher)")
+    p.add_argument("--samples", type=int, default=576, help="drawn for --mark")
+    p.add_argument("--seed", type=int, default=0, help="of --mark")
+    p.add_argument("--out", default="out/shapes", help="folder for the picture and result.json")
+    args = p.parse_args()
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if args.mark:
+        mark_student(args.mark, args.samples, args.seed, out)
+    else:
+        mark_teacher(out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What one does before and after a run: estimate, time, sample, measure."""

@@ -1,0 +1,352 @@
+"""What a run would cost, memory and arithmetic, from configurations alone: what --dry-run prints.
+
+    python train_sdxl.py --dry-run                                      # the embedded teacher
+    python train_sdxl.py --model stabilityai/stable-diffusion-xl-base-1.0 --dry-run 8 \\
+        --fsdp --bf16 --grad-checkpointing                              # on eight GPUs
+
+No weights are loaded. Shapes run on the meta device, where the operations of each network pass and
+the bytes it keeps for the backward pass are counted. A real run adds the allocator's slack and
+CUDA's own.
+"""
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from adm import frozen
+from discriminators import Discriminator, hinge_discriminator
+from ode import join_batches
+from training.heads import heads_for
+from training.networks import tensors_to
+from training.sharding import blocks_of
+
+
+def zeros_of(shapes, n, device, dtype):
+    """A (nested) dict of shapes -> zeros of these shapes, for n samples."""
+    zeros = {}
+    for name, shape in shapes.items():
+        if isinstance(shape, dict):
+            zeros[name] = zeros_of(shape, n, device, dtype)
+        else:
+            zeros[name] = torch.zeros(n, *shape, device=device, dtype=dtype)
+    return zeros
+
+
+def blank_prompt(family, config, n, device="meta", tokens=None, dtype=torch.float32):
+    """Conditioning of the right shapes for n samples, all zero.
+
+    config: of the network. tokens: T5's; None: what the pipeline of this family takes.
+    """
+    return zeros_of(family.prompt_shapes(config, tokens), n, device, dtype)
+
+
+# ------------------------------------------------------------------------------------- the passes
+
+def start_of_graph(x):
+    """x, as where a gradient is wanted. A view of the leaf, because FlopCounterMode cannot end at a
+    leaf itself."""
+    return x.detach().requires_grad_().view_as(x)
+
+
+def passes(generator, fake_score, real_score, discriminator, x, t, cond, uncond):
+    """The network passes of one iteration of ADM at one step and TTUR 1, in the order of adm.adm ->
+    {name: function that does this pass alone}.
+
+    x [B,...], t [B] timesteps. What two passes share is in neither; no optimizer and no noise.
+    """
+    taps, heads = discriminator
+    both_prompts = join_batches(uncond, cond)
+
+    def output(net, x):
+        return net(x, timestep=t, **cond, return_dict=False)[0]
+
+    def learn(net):
+        out = output(net, x)
+        out.backward(torch.ones_like(out))
+
+    @torch.no_grad()
+    def generator_samples():
+        output(generator, x)
+
+    def fake_score_learns():
+        learn(fake_score)
+
+    def generator_learns():
+        learn(generator)
+
+    def input_gradient_of_fake_score():
+        start = start_of_graph(x)
+        with frozen(fake_score):
+            out = output(fake_score, start)
+            torch.autograd.grad(out, start, torch.ones_like(out))
+
+    @torch.no_grad()
+    def guided_real_score():
+        real_score(torch.cat([x, x]), timestep=torch.cat([t, t]), **both_prompts, return_dict=False)
+
+    def input_gradient_of_taps():
+        start = start_of_graph(x)
+        with frozen(taps.net):
+            maps = taps(start, timestep=t, **cond)
+            torch.autograd.grad(maps, start, [torch.ones_like(m) for m in maps])
+
+    @torch.no_grad()
+    def features():
+        return taps(x, timestep=t, **cond)
+
+    maps = features()
+
+    def heads_for_both_updates():
+        starts = [start_of_graph(m) for m in maps]
+        torch.autograd.grad(heads(starts).mean(), starts)
+        hinge_discriminator(heads(maps), heads(maps)).backward()
+
+    return {"G samples for f": generator_samples, "f learns": fake_score_learns,
+            "G, forward and backward": generator_learns,
+            "f, gradient of its input": input_gradient_of_fake_score,
+            "F with guidance": guided_real_score,
+            "taps of x_fake, with gradient": input_gradient_of_taps,
+            "taps of x_real": features, "heads": heads_for_both_updates}
+
+
+# ----------------------------------------------------------------------------- what they cost
+
+@contextmanager
+def flash_attention():
+    """On the meta device attention would be counted with its whole matrix. Every kernel in use
+    keeps query, key, value, result and their norms instead."""
+    before = F.scaled_dot_product_attention
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+    # the names of torch's own, by which diffusers passes them for some networks
+    def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
+                  **more):
+        return flash(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = before
+
+
+def bytes_in(tensors):
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def saved_bytes(function, nets, recompute):
+    """Bytes that a pass keeps for its backward, the weights of `nets` aside.
+
+    recompute: as checkpointing keeps them, the inputs of each block and all of the fullest one.
+    """
+    weights = {p.untyped_storage()._cdata for net in nets for p in net.parameters()}
+    inputs = {}                                 # of blocks, by identity: two may share one
+    totals = []                                 # of each block, and at the end of the rest
+
+    def counted(function, *args):
+        held = {}                               # by storage: views share it
+
+        def pack(x):
+            storage = x.untyped_storage()._cdata
+            if storage not in weights:
+                held[storage] = x
+            return x
+
+        with saved_tensors_hooks(pack, lambda x: x):
+            out = function(*args)
+        totals.append(bytes_in(held.values()))
+        return out
+
+    def block(module, *args):
+        """In the place of torch's checkpoint()."""
+        if not torch.is_grad_enabled():
+            return module(*args)
+        inputs.update({id(a): a for a in args if torch.is_tensor(a)})
+        return counted(module, *args)
+
+    if recompute:
+        for net in nets:
+            net.enable_gradient_checkpointing(block)
+    with flash_attention():
+        counted(function)
+    if not recompute:
+        return totals[-1]
+    for net in nets:
+        net.disable_gradient_checkpointing()
+    return totals[-1] + bytes_in(inputs.values()) + max(totals[:-1], default=0)
+
+
+def work_and_activations(net, discriminator, x, t, cond, recompute):
+    """Of an ADM iteration of one step, a micro-batch: ({pass: operations}, {pass: bytes it keeps
+    for its backward})."""
+    work, kept = {}, {}
+    each = passes(generator=net, fake_score=net, real_score=net, discriminator=discriminator,
+                  x=x, t=t, cond=cond, uncond=cond)
+    for name, function in each.items():
+        trains = name in ("f learns", "G, forward and backward")
+        net.requires_grad_(trains)
+        with FlopCounterMode(display=False) as counter:
+            function()
+        work[name] = counter.get_total_flops()
+        kept[name] = 0
+        if trains or "gradient" in name:
+            kept[name] = saved_bytes(function, [net], recompute)
+        net.requires_grad_(False)
+        net.zero_grad()
+        discriminator.heads.zero_grad()
+    if recompute:
+        again = work["G samples for f"] * 3 + work["taps of x_real"]
+        work["blocks' forward passes once more, for checkpointing"] = again
+    return work, kept
+
+
+# --------------------------------------------------------------------------------- what is held
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+class Row(NamedTuple):
+    """What one network takes: its trained or frozen parameters, and bytes on a rank."""
+    name: str
+    parameters: int
+    weights: float
+    gradients: float = 0
+    optimizer: float = 0
+    average: float = 0
+    offloaded: bool = False     # by --cpu-offload
+
+    def bytes(self):
+        return self.weights + self.gradients + self.optimizer + self.average
+
+
+def student_row(name, parameters, lora_rank, shards, average=False):
+    """A trained network: float32 weights and gradients, two moments of Adam. Adapters are small:
+    whole on every rank, and never offloaded."""
+    if lora_rank:
+        name, shards = f"{name}, LoRA {lora_rank}", 1
+    part = parameters / shards
+    return Row(name, parameters, 4 * part, 4 * part, 8 * part, 4 * part if average else 0,
+               offloaded=not lora_rank)
+
+
+def memory_rows(args, pipe, net, heads, family, networks, shards):
+    """[Row, ...], and the bytes of the teacher that lie outside of its blocks: of a frozen network
+    they are whole on every rank, and not offloaded.
+
+    networks: how many like `net` the teacher has. shards: ranks that share a network's weights.
+    """
+    bytes_of = 2 if args.bf16 else 4
+    size = count(net) * networks
+    outside = (count(net) - sum(map(count, blocks_of(net)))) * networks
+    inside = size - outside
+    rows = [Row("real score and backbone", size, (inside / shards + outside) * bytes_of,
+                offloaded=True)]
+
+    adapted = [module for name, module in net.named_modules()
+               if isinstance(module, torch.nn.Linear) and name.endswith(family.lora_layers)]
+    for name, rank, average in (("generator", args.lora_rank, args.ema > 0),
+                                ("fake score", args.lora_rank_fake, False)):
+        parameters = size
+        if rank:
+            widths = sum(module.in_features + module.out_features for module in adapted)
+            parameters = networks * rank * widths
+        rows.append(student_row(name, parameters, rank, shards, average))
+    rows.append(student_row("heads", count(heads), 0, shards))
+    rows.append(Row("VAE", count(pipe.vae), bytes_of * count(pipe.vae)))
+    return rows, outside * bytes_of
+
+
+# ----------------------------------------------------------------------------------- the report
+
+class Costs(NamedTuple):
+    """Of one rank, in bytes; work in operations."""
+    rows: list
+    held: float             # on the device between passes
+    offloaded: float        # on the host
+    gathered: float         # whole blocks while they run, of sharded or offloaded networks
+    activations: float      # most that is kept for a backward pass at once
+    work: dict              # {pass: operations}
+
+    def device(self):
+        return self.held + self.gathered + self.activations
+
+
+def costs(args, pipe, family, latent, ranks):
+    networks = 1
+    if getattr(pipe, "transformer_2", None) is not None:    # Wan 2.2 has two
+        networks = 2
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    net = getattr(pipe, family.network)
+    constant = tensors_to("meta", family.constant(pipe, latent))
+    net = net.to("meta", dtype).requires_grad_(False)       # buffers as well
+    n = args.batch_size
+    x = torch.zeros(n, *latent.shape, device="meta", dtype=dtype)
+    t = torch.zeros(n, device="meta")
+
+    def conditioning(n, dtype):
+        prompt = blank_prompt(family, net.config, n, tokens=args.text_tokens, dtype=dtype)
+        return prompt | constant
+
+    heads = heads_for(family.taps, net, x[:1].float(), args.head_channels, timestep=t[:1],
+                      **conditioning(1, torch.float32)).to("meta", dtype)
+    discriminator = Discriminator(family.taps(net), heads)
+
+    rows, outside = memory_rows(args, pipe, net, heads, family, networks,
+                                shards=ranks if args.fsdp else 1)
+    work, kept = work_and_activations(net, discriminator, x, t, conditioning(n, dtype),
+                                      args.grad_checkpointing)
+    held = sum(row.bytes() for row in rows)
+    offloaded = 0
+    if args.cpu_offload:
+        offloaded = sum(row.bytes() for row in rows if row.offloaded) - outside
+    gathered = 0
+    if args.fsdp or args.cpu_offload:
+        largest = max(map(count, blocks_of(net)), default=rows[0].parameters)
+        gathered = 2 * largest * dtype.itemsize
+    of_generator = (kept["G, forward and backward"] + kept["f, gradient of its input"]
+                    + kept["taps of x_fake, with gradient"])
+    return Costs(rows, held - offloaded, offloaded, gathered,
+                 activations=max(kept["f learns"], of_generator), work=work)
+
+
+def gib(size):
+    return f"{size / 2**30:10.2f}"
+
+
+def print_table(found, args):
+    print(f"{'GiB a rank':32s}{'parameters':>14s}"
+          f"{'weights':>10s}{'gradients':>10s}{'optimizer':>10s}{'EMA':>10s}")
+    for row in found.rows:
+        print(f"{row.name:32s}{row.parameters / 1e6:12.1f} M{gib(row.weights)}"
+              f"{gib(row.gradients)}{gib(row.optimizer)}{gib(row.average)}")
+    remark = "blocks recomputed" if args.grad_checkpointing else "all kept"
+    loading = gib(4 * found.rows[0].parameters).strip()
+    print(f"\n{'held between passes, on the device':42s}{gib(found.held)}")
+    print(f"{'gathered blocks, two at a time':42s}{gib(found.gathered)}")
+    print(f"{'activations for the backward pass':42s}{gib(found.activations)}   ({remark})")
+    print(f"{'device, at least':42s}{gib(found.device())}")
+    print(f"{'host, a rank':42s}{gib(found.offloaded)}   and rank 0 while loading {loading}")
+    print(f"\n{'network passes of an ADM iteration, one step, one micro-batch':73s}TFLOP")
+    for name, operations in (found.work | {"together": sum(found.work.values())}).items():
+        print(f"  {name:64s}{operations / 1e12:12.4g}")
+
+
+def report(args, pipe, family, ranks):
+    """Print what a run with these flags takes -> dict of its sums.
+
+    pipe: the pipeline, all of its weights on the meta device. family: its Family. ranks: GPUs.
+    """
+    latent = family.latent(pipe, getattr(pipe, family.network), args)
+    found = costs(args, pipe, family, latent, ranks)
+    model = args.model or "the embedded teacher"
+    shape = " x ".join(map(str, latent.shape))
+    plural = "s" if ranks > 1 else ""
+    print(f"{model}: {shape} latents, {latent.height} x {latent.width} pixels, "
+          f"micro-batch {args.batch_size}, {ranks} rank{plural}\n")
+    print_table(found, args)
+    return dict(parameters=found.rows[0].parameters, device_bytes=found.device(),
+                host_bytes=found.offloaded, flop=sum(found.work.values()))

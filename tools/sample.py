@@ -1,0 +1,123 @@
+"""A student beside its teacher on a list of prompts, from the same noise, with the seconds that a
+sample takes of each.
+
+    python -m tools.sample out/sdxl/export              # the embedded teacher and its captions
+    python -m tools.sample out/sdxl-lora/export --prompts prompts.txt --bf16 \\
+        --teacher stabilityai/stable-diffusion-xl-base-1.0
+
+Writes to --out: samples.png (a row each), student/ and teacher/ with a picture for each prompt (of
+videos: still frames, and GIFs of the first two), and result.json. A student is sampled by the call
+in its model card.
+"""
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from teachers.shapes import CAPTIONS, SHIPPED
+from training.errors import Failure, read_prompts, run_main
+from training.export import load_student
+from training.pictures import contact_sheet, grid
+from training.ranks import quiet
+
+
+def parse():
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("student", help="export/ of a finished run")
+    p.add_argument("--teacher", help="local directory or hub id of its teacher (default: the "
+                                     "embedded one)")
+    p.add_argument("--prompts", help="text file, one a line (default: eight captions of the "
+                                     "embedded teacher)")
+    p.add_argument("--seed", type=int, default=0, help="of the first prompt; the others count up")
+    p.add_argument("--steps", type=int, default=25, help="of the teacher")
+    p.add_argument("--guidance", type=float, help="of the teacher (default: its pipeline's own; "
+                                                  "the embedded one's is 3)")
+    p.add_argument("--bf16", action="store_true")
+    p.add_argument("--out", default="out/sample")
+    return p.parse_args()
+
+
+def load_teacher(name, dtype):
+    """name: directory or hub id; None: the embedded one. Raises Failure if there is none."""
+    from diffusers import DiffusionPipeline
+    try:
+        pipe = DiffusionPipeline.from_pretrained(name or SHIPPED, use_safetensors=True)
+    except (OSError, ValueError) as e:
+        raise Failure(f"--teacher {name}: no such pipeline, here or on the hub; give a directory "
+                      f"with a model_index.json, or a hub id") from e
+    return pipe.to(dtype)
+
+
+def teacher_call(args, student_call):
+    """What the teacher's pipeline is called with: the student's sizes, but not its way to
+    sample."""
+    sizes = ("height", "width", "num_frames", "max_sequence_length")
+    call = {name: value for name, value in student_call.items() if name in sizes}
+    call["num_inference_steps"] = args.steps
+    if args.guidance is not None:
+        call["guidance_scale"] = args.guidance
+    elif args.teacher is None:
+        call["guidance_scale"] = 3.0
+    return call
+
+
+def draw(pipe, prompts, seed, call):
+    """One prompt at a time, seeds counting up -> (samples [n,3,H,W] or [n,3,F,H,W] in [-1,1],
+    seconds a sample, the first not counted)."""
+    samples = []
+    began = time.perf_counter()
+    for i, prompt in enumerate(prompts):
+        noise = torch.Generator().manual_seed(seed + i)
+        out = pipe(prompt, **call, generator=noise, output_type="pt")
+        if hasattr(out, "images"):
+            sample = out.images                                                 # [1,3,H,W]
+        else:
+            sample = out.frames.transpose(1, 2)                                 # [1,3,F,H,W]
+        samples.append(sample.float().cpu() * 2 - 1)
+        if i == 0 and len(prompts) > 1:
+            began = time.perf_counter()
+    seconds = (time.perf_counter() - began) / max(len(prompts) - 1, 1)
+    return torch.cat(samples), seconds
+
+
+def save_images(pipe, samples, folder):
+    folder.mkdir(exist_ok=True)
+    for i, image in enumerate(pipe.image_processor.postprocess(samples.clamp(-1, 1))):
+        image.save(folder / f"{i:05d}.png")
+
+
+def main():
+    args = parse()
+    quiet()
+    prompts = read_prompts(args.prompts) if args.prompts else CAPTIONS[::9]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    student, student_call = load_student(args.student, dtype)
+    teacher = load_teacher(args.teacher, dtype)
+    out, rows, result = Path(args.out), {}, {}
+    for name, pipe, call in (("teacher", teacher, teacher_call(args, student_call)),
+                             ("student", student, student_call)):
+        pipe.set_progress_bar_config(disable=True)
+        samples, seconds = draw(pipe.to(device), prompts, args.seed, call)
+        pipe.to("cpu")                                          # both need not fit at once
+        steps = call["num_inference_steps"]
+        plural = "s" if steps > 1 else ""
+        label = f"{name}, {steps} step{plural}"
+        print(f"{name}: {steps} step{plural}, {seconds:.3f} s a sample")
+        rows[label] = samples[:8]
+        result[name] = dict(steps=steps, seconds=seconds)
+        out.mkdir(parents=True, exist_ok=True)
+        if samples.dim() == 4:
+            save_images(pipe, samples, out / name)
+    draw_picture = grid if samples.dim() == 4 else contact_sheet
+    draw_picture(out / "samples.png", rows, prompts[:8])
+    result.update(samples=len(prompts), device=str(device))
+    (out / "result.json").write_text(json.dumps(result, indent=1))
+    print(f"wrote {out}/samples.png and {out}/result.json")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,1 @@
+"""One component of a run a file."""

@@ -1,0 +1,136 @@
+"""Folders of tensors that are whole or not there: checkpoints, pairs, embeddings, samples.
+
+A folder holds safetensors files and manifest.json. The manifest has the facts about the run that
+wrote it, each file's size and SHA-256, and a hash of itself, its seal. The folder is written under
+another name, synced to the disk and then renamed, so a kill or a full disk leaves no half of it. A
+seal is a plain hash: it finds damage, not forgery. Only JSON and safetensors are ever read, neither
+of which runs code.
+"""
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from training.errors import Failure
+
+
+def sha256(path):
+    """The hash of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path):
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def seal(facts):
+    """The hash that a manifest carries of the rest of itself."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def remove(path):
+    """Delete a folder. It is renamed first: no half of it may be left under its name."""
+    if Path(path).exists():
+        os.rename(path, f"{path}.old.tmp")
+        shutil.rmtree(f"{path}.old.tmp")
+
+
+# ----------------------------------------------------------------------------------------- writing
+
+def write_folder(path, files, facts):
+    """Write tensors {file: {name: tensor}} and a manifest to the folder `path`, all or nothing. It
+    replaces what was there. Raises Failure, naming path and bytes, if the disk is full."""
+    path = Path(path)
+    tmp = Path(f"{path}.tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    try:
+        _write_files(tmp, files, facts)
+        remove(path)
+        os.rename(tmp, path)
+        sync(path.parent)
+    except Exception as e:              # of any class: safetensors has its own for a full disk
+        shutil.rmtree(tmp, ignore_errors=True)
+        size = sum(tensor.numel() * tensor.element_size()
+                   for tensors in files.values() for tensor in tensors.values())
+        raise Failure(f"{path}: could not write {size:,} bytes ({e}); free some space, then "
+                      f"--resume auto") from e
+
+
+def _write_files(tmp, files, facts):
+    """The files, then the manifest, synced to the disk."""
+    tmp.mkdir(parents=True)
+    stamps = {}
+    for name, tensors in files.items():
+        on_host = {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}
+        save_file(on_host, tmp / name)
+        sync(tmp / name)
+        stamps[name] = dict(bytes=(tmp / name).stat().st_size, sha256=sha256(tmp / name))
+    facts = dict(facts, files=stamps)
+    manifest = json.dumps(dict(facts, seal=seal(facts)), indent=1)
+    (tmp / "manifest.json").write_text(manifest)
+    sync(tmp / "manifest.json")
+    sync(tmp)
+
+
+# ----------------------------------------------------------------------------------------- reading
+
+def verify(path):
+    """Read the facts of a folder that write_folder wrote, and check that every file in it is whole.
+    Raises Failure naming the file that is not."""
+    path = Path(path)
+    try:
+        facts = json.loads((path / "manifest.json").read_text())
+        if facts.pop("seal") != seal(facts):
+            raise ValueError
+        stamps = facts["files"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise Failure(f"{path}: no whole checkpoint there (manifest.json is missing or damaged)")
+    for name, stamp in stamps:
+        file = path / Path(name).name           # a name with ../ in it stays inside
+        if not _is_intact(file, stamp):
+            raise Failure(f"{file}: missing, truncated or altered; delete {path} and go on with "
+                          f"--resume auto")
+    return facts
+
+
+def _is_intact(file, stamp):
+    """Whether a file has the size and hash of its stamp, and is safetensors."""
+    try:
+        if file.stat().st_size != stamp["bytes"] or sha256(file) != stamp["sha256"]:
+            return False
+        safe_open(file, "pt")                   # raises for a pickle: that has a hash, too
+        return True
+    except (OSError, SafetensorError, TypeError, KeyError):
+        return False
+
+
+def same_facts(path, found, facts):
+    """Raises Failure if a folder comes from a run that differs from this one.
+
+    found: the folder's facts. facts: this run's; only the keys in it are compared.
+    """
+    for key in facts:
+        if found.get(key) != facts[key]:
+            raise Failure(f"{path}: its {key} is {found.get(key)}, this run's is {facts[key]}; "
+                          f"choose the run it belongs to, or remove it")
+
+
+def open_tensors(path, facts, name):
+    """Open one file of a folder, once the folder is found whole and of a run with these facts. Its
+    tensors stay on the disk until they are asked for (safetensors' safe_open)."""
+    same_facts(path, verify(path), facts)
+    return safe_open(path / name, "pt")
+
+
+def read_folder(path):
+    """-> (facts, {file: {name: tensor}}). Raises Failure if it is not whole."""
+    facts = verify(path)
+    return facts, {name: load_file(Path(path) / Path(name).name) for name in facts["files"]}

@@ -1,0 +1,64 @@
+"""Untrained discriminator heads that fit a backbone."""
+import torch
+
+from discriminators import Head, Heads
+from training.networks import autocast
+from training.sharding import shard
+
+
+def on_meta(value):
+    """Tensors, also inside dicts and tuples, as shapes without memory; floats become float32."""
+    if isinstance(value, dict):
+        return {name: on_meta(inner) for name, inner in value.items()}
+    if isinstance(value, tuple):
+        return tuple(on_meta(inner) for inner in value)
+    if torch.is_tensor(value):
+        return value.to("meta", torch.float32 if value.is_floating_point() else value.dtype)
+    return value
+
+
+def tap_shapes(taps_of, net, x, **cond):
+    """Shapes, without the batch, of the maps that taps_of(net)(x, ...) would give. A twin of the
+    network on the meta device runs: nothing is computed.
+
+    taps_of: net -> Taps, such as vision_taps or a family's `taps`.
+    """
+    with torch.device("meta"):
+        if hasattr(type(net), "from_config"):               # diffusers
+            twin = type(net).from_config(net.config)
+        else:                                               # transformers
+            twin = type(net)(net.config)
+        maps = taps_of(twin)(on_meta(x), **on_meta(cond))
+    return [tuple(feature.shape[1:]) for feature in maps]
+
+
+def heads_for(taps_of, net, x, hidden=256, blocks=2, **cond):
+    """Untrained heads that fit the features taps_of(net) gives for inputs shaped like x."""
+    shapes = tap_shapes(taps_of, net, x, **cond)
+    return Heads([Head(shape, hidden, blocks) for shape in shapes])
+
+
+def latent_heads(args, teacher):
+    """Heads of the latent discriminator, whose backbone is the teacher, ready to train."""
+    x = torch.zeros(1, *teacher.shape, device=teacher.device)
+    heads = heads_for(teacher.family.taps, teacher.backbone, x, args.head_channels,
+                      timestep=torch.zeros(1), **teacher.uncond(1))
+    return place_heads(args, teacher, heads)
+
+
+def pixel_heads(args, teacher, taps_of, vision):
+    """Heads of the pixel discriminator, ready to train.
+
+    vision: its backbone, a vision encoder of transformers. taps_of: vision -> Taps.
+    """
+    side = vision.config.image_size
+    heads = heads_for(taps_of, vision, torch.zeros(1, 3, side, side), args.head_channels)
+    return place_heads(args, teacher, heads)
+
+
+def place_heads(args, teacher, heads):
+    """Bring heads to the teacher's device, in shards if its weights are, and prepare them."""
+    heads = heads.to(teacher.device)
+    if teacher.fsdp:
+        heads = shard(heads, teacher.fsdp, teacher.device)
+    return autocast(heads, teacher.device, args.bf16)

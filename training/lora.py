@@ -1,0 +1,111 @@
+"""LoRA adapters that share one frozen base: generator, fake score, real score and the
+discriminator's backbone are then a single copy of the teacher's weights.
+
+The base keeps two entries in its __dict__: "adapted", its layers with adapters, and "adapter", the
+name of the one at work or None.
+"""
+import warnings
+from contextlib import contextmanager
+
+import torch
+import torch.nn as nn
+
+from training.errors import Failure
+from training.sharding import device_of
+
+
+def switch(base, name):
+    """Put one adapter of `base` to work, or none (None). Not by peft's set_adapter: that turns
+    requires_grad of all other adapters off, and a backward pass then skips them, silently."""
+    base.__dict__["adapter"] = name
+    for layer in base.__dict__.get("adapted", ()):
+        layer._disable_adapters = name is None
+        layer._active_adapter = [name]
+
+
+@contextmanager
+def active(base, name):
+    """Inside, one adapter of `base` works, or none (None); afterwards, the one that did before."""
+    before = base.__dict__.get("adapter")
+    switch(base, name)
+    try:
+        yield
+    finally:
+        switch(base, before)
+
+
+def rank_flag(name, rank):
+    """The flag that asked for an adapter, as messages show it. name: the adapter's."""
+    if "fake" in name:
+        return f"--lora-rank-fake {rank}"
+    return f"--lora-rank {rank}"
+
+
+class Lora(nn.Module):
+    """A LoRA on a base that others share. It is called as the base is, and its parameters are the
+    adapter's alone. Called directly, the base gives what it gave without adapters.
+
+    name: of the adapter, another for each on one base.
+    targets: names of the layers that get an adapter. The update is scaled by alpha / rank.
+    Raises Failure if diffusers has no adapters for the base's class.
+    """
+
+    def __init__(self, base, name, rank, alpha, targets):
+        super().__init__()
+        if not hasattr(base, "add_adapter"):
+            kind = type(base).__name__.removeprefix("FSDP")
+            raise Failure(f"{rank_flag(name, rank)}: {kind} has no adapters in diffusers; give 0")
+        from peft import LoraConfig
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        # several adapters on one base are meant
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        others = [p for p in base.parameters() if p.requires_grad]      # of adapters there already
+        base.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian",
+                                    target_modules=list(targets)), name)
+        layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
+        base.__dict__["adapted"] = layers
+        self.__dict__["base"] = base        # past nn.Module: the base is no part of this module
+        self.config = base.config
+        self.name = name
+        self.rank = rank
+        self.alpha = alpha
+        self.targets = targets
+        for p in self.parameters():
+            # float32 also on a bf16 base, and where the network runs, if the base rests on the host
+            dtype = torch.promote_types(p.dtype, torch.float32)
+            p.data = p.data.to(device_of(base, p), dtype)
+        for p in (*others, *self.parameters()):         # add_adapter froze the others
+            p.requires_grad_(True)
+        switch(base, None)
+
+    def named_parameters(self, *args, **kwargs):
+        """The adapter's parameters, under names that do not have the adapter's own in them."""
+        own = f".{self.name}."
+        for name, p in self.base.named_parameters():
+            if ".lora_" in name and own in name:
+                yield name.replace(own, "."), p
+
+    def forward(self, *args, **kwargs):
+        with active(self.base, self.name):
+            return self.base(*args, **kwargs)
+
+    def twin(self, name):
+        """Another adapter of the same base, with the same weights."""
+        other = Lora(self.base, name, self.rank, self.alpha, self.targets)
+        with torch.no_grad():
+            torch._foreach_copy_(list(other.parameters()), list(self.parameters()))
+        return other
+
+    def save(self, pipe, folder, prefix):
+        """Write a file for pipe.load_lora_weights. prefix: the pipeline's component, such as unet.
+
+        alpha / rank is folded into B: a reader without metadata assumes alpha = rank. The names
+        stay peft's: in a file that also has lora_A, diffusers passes over its own names (lora.down,
+        lora.up) silently.
+        """
+        state = {}
+        for name, p in self.named_parameters():
+            state[name] = p.detach()
+            if "lora_B" in name:
+                state[name] = p.detach() * (self.alpha / self.rank)
+        pipe.save_lora_weights(folder, **{f"{prefix}_lora_layers": state})

@@ -1,0 +1,153 @@
+"""What is done to networks before they run: place, copy, compile, recompute, autocast.
+
+A network may be several, its `units` (Wan 2.2's two transformers); most are one unit, themselves.
+"""
+from copy import copy, deepcopy
+from types import MethodType
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from training.errors import Failure
+from training.lora import Lora, active, rank_flag
+from training.ranks import world
+from training.sharding import blocks_of, copy_of_shards, receive, shard
+
+
+def units_of(net):
+    """The networks that a network consists of: mostly itself alone."""
+    return getattr(net, "units", [net])
+
+
+def tensors_to(device, values):
+    """{name: value} with its tensors, and its tuples of tensors, moved to a device. Other values
+    stay as they are."""
+    moved = {}
+    for name, value in values.items():
+        if torch.is_tensor(value):
+            moved[name] = value.to(device)
+        elif isinstance(value, tuple):
+            moved[name] = tuple(tensor.to(device) for tensor in value)
+        else:
+            moved[name] = value
+    return moved
+
+
+# ------------------------------------------------------------------------- how a network computes
+
+def autocast(net, device, enabled, method="forward"):
+    """Run a method of net in bf16 arithmetic, if enabled; the weights keep their type. Returns net.
+
+    The method is bound to net again, so that a deepcopy runs itself and not net. A `forward` that
+    this instance alone has is kept.
+    """
+    if not enabled:
+        return net
+    bound = getattr(net, method)
+    function = getattr(bound, "__func__", bound)
+    if not getattr(function, "in_autocast", False):             # a copy of a network may be already
+        function = torch.autocast(device.type, torch.bfloat16)(function)
+        function.in_autocast = True
+    if hasattr(bound, "__func__"):
+        function = MethodType(function, net)
+    setattr(net, method, function)
+    return net
+
+
+def compile_blocks(net, backend):
+    """Compile each block by itself, with torch.compile. So hooks stay outside of compiled code, and
+    blocks of one class share theirs. Bound to the block, as in `autocast`."""
+    # one block runs with and without gradients, under each adapter, and on guidance's double batch
+    torch._dynamo.config.recompile_limit = 64
+    compiled = {}                                               # class of a block -> its forward
+    for unit in units_of(net):
+        for block in blocks_of(unit):
+            kind = type(block)
+            if kind not in compiled:
+                compiled[kind] = torch.compile(kind.forward, backend=backend)
+            block.forward = MethodType(compiled[kind], block)
+
+
+def recompute_activations(net):
+    """Keep no activations inside of blocks, and recompute them in the backward pass (activation
+    checkpointing)."""
+    for unit in units_of(net):
+        unit.enable_gradient_checkpointing(checkpoint_under_adapter(unit))
+
+
+def checkpoint_under_adapter(unit):
+    """-> the function that diffusers calls in place of a block. It recomputes under the adapter of
+    the forward pass: by the time of the backward pass another may be at work."""
+    def checkpointed(block, *args):
+        name = unit.__dict__.get("adapter")
+
+        def run_block(*args):
+            with active(unit, name):
+                return block(*args)
+        return checkpoint(run_block, *args, use_reentrant=False)
+    return checkpointed
+
+
+# --------------------------------------------------------------------------------- copy and place
+
+def full_copy(net):
+    """A copy of a network with its own weights, without the adapters it may carry. The copy of a
+    sharded network is sharded, too, and to be trained."""
+    if "sharded" in net.__dict__:
+        return copy_of_shards(net)
+    if any("sharded" in unit.__dict__ for unit in net.children()):      # several networks as one
+        twin = copy(net)
+        twin._modules = {name: full_copy(unit) for name, unit in net.named_children()}
+        return twin
+    twin = deepcopy(net)
+    if net.__dict__.get("adapted"):
+        twin.unload_lora()
+        twin.__dict__.pop("adapted")
+    return twin
+
+
+def prepare(args, net, device):
+    """What every network gets before it runs, trained or frozen: --grad-checkpointing, --compile,
+    --bf16. Returns net."""
+    if args.grad_checkpointing:
+        recompute_activations(net)
+    if args.compile:
+        compile_blocks(net, args.compile)
+    return autocast(net, device, args.bf16)
+
+
+def place(args, net, fsdp, device):
+    """Bring a frozen network to where it runs, and prepare it. Returns net.
+
+    fsdp: see sharding.fsdp_arguments. None: whole, on this device. Else in shards over the ranks,
+    with rank 0's weights; the other ranks' may be on the meta device.
+    """
+    if args.bf16:
+        net.to(torch.bfloat16)
+    if fsdp:
+        weights = net.state_dict() if world()[0] == 0 else {}
+        receive(shard(net, fsdp, device), weights)
+    else:
+        net.to(device)
+    return prepare(args, net, device)
+
+
+def trainable(args, teacher, name, rank, source=None):
+    """A network to train that starts as the teacher.
+
+    name: of the adapter, if it is one: "generator", "fake", ...
+    rank: of a LoRA on the teacher's own weights; 0 for a float32 copy of all weights.
+    source: the teacher's net, unless one of its units is given.
+    Raises Failure where there can be no LoRA.
+    """
+    source = source or teacher.net
+    if rank and source not in teacher.units:
+        raise Failure(f"{rank_flag(name, rank)}: this teacher is two networks, and what replaces "
+                      f"both is trained fully; give 0")
+    if rank and teacher.fsdp and teacher.fsdp["mesh"].ndim == 2:
+        raise Failure(f"{rank_flag(name, rank)}: peft has no adapters for weights sharded inside "
+                      f"of nodes and copied across; leave --fsdp out")
+    if rank:
+        return Lora(source, name, rank, args.lora_alpha or rank, teacher.family.lora_layers)
+    net = full_copy(source).float().requires_grad_(True)
+    return prepare(args, net, teacher.device)

@@ -1,0 +1,235 @@
+"""The teacher: a pipeline taken apart for distillation, and the embeddings of the prompts."""
+import hashlib
+import sys
+from functools import reduce
+
+import torch
+
+from ode import Schedule, join_batches, sample
+from training.folders import open_tensors, write_folder
+from training.networks import autocast, place, recompute_activations, tensors_to
+from training.loading import load_pipeline
+from training.ranks import barrier, broadcast, world
+from training.sharding import fsdp_arguments
+
+SHARD = 256                     # prompts, or pairs, in a file
+
+
+def text_arguments(args):
+    return dict(max_sequence_length=args.text_tokens) if args.text_tokens else {}
+
+
+class Teacher:
+    """A frozen pipeline as the stages use it.
+
+    net: the network, F_phi. units: the one or two networks it consists of, noisier first.
+    backbone: of the latent discriminator, the last of them.
+    schedule: net's. line: ADP's straight one.
+    latent: families.family.Latent; shape: of one latent, without the batch.
+    prompts: what is trained on. look_at: what is only drawn, numbered on after the prompts.
+    facts: what pairs and checkpoints of this teacher are marked with.
+    fsdp: fully_shard's arguments, or None.
+    The text encoders are freed once the prompts are embedded.
+    """
+
+    def __init__(self, args, out, prompts, look_at, device, families, default):
+        self.fsdp = fsdp_arguments(args.fsdp, args.cpu_offload, args.bf16, device)
+        is_hollow = self.fsdp and world()[0] != 0
+        pipe = load_pipeline(args, families, default, hollow="network" if is_hollow else None)
+        self.family = families[type(pipe).__name__]
+        self.prompts = prompts
+        self.look_at = look_at
+        self.device = device
+        self.vae = pipe.vae.to(device)
+        self.net = self.family.net_of(pipe)
+        self.units = getattr(self.net, "units", [self.net])
+        self.backbone = self.units[-1]
+        self.latent = self.family.latent(pipe, self.net, args)
+        self.shape = self.latent.shape
+        self.schedule = self.family.schedule(pipe, self.latent).to(device)
+        self.line = Schedule.straight(self.schedule.T, self.family.last_timestep).to(device)
+        self.constant = tensors_to(device, self.family.constant(pipe, self.latent))
+        self.drawn = []                                         # prompts of this iteration
+        self.facts = dict(teacher=self.mark(), prompts=hash_of(prompts), shape=list(self.shape),
+                          size=[self.latent.height, self.latent.width],
+                          text_tokens=args.text_tokens)
+        self.embed(args, pipe, out)
+        if args.context_parallel > 1:
+            self.family.context_parallel(self.net, args.context_parallel)
+        for net in self.units:
+            place(args, net, self.fsdp, device)
+        if args.bf16:
+            autocast(self.vae.to(torch.bfloat16), device, True, "decode")
+        if args.grad_checkpointing and self.family.last_timestep is not None:
+            recompute_activations(self.vae)                     # ADP looks through it
+
+    def mark(self):
+        """A hash of up to 2,000 values from each of the network's tensors."""
+        some = []
+        for p in self.net.parameters():
+            some.append(p.detach().flatten()[::1 + p.numel() // 1000])
+        if some[0].is_meta:                                     # rank 0 has the weights
+            return broadcast(None)
+        return broadcast(hashlib.sha256(torch.cat(some).cpu().numpy().tobytes()).hexdigest()[:16])
+
+    def unit_of(self, stops):
+        """Which of its units, counted from 0, the teacher would use for the last of these steps."""
+        if len(self.units) == 1:
+            return 0
+        return int(float(self.schedule.timestep[stops[-2]]) < self.net.boundary)
+
+    # ------------------------------------------------------------------------------------ prompts
+
+    @torch.no_grad()
+    def embed(self, args, pipe, out):
+        """prompts/: embeddings in shards, made by all ranks together (by rank 0, the only one with
+        text encoders, of a sharded run), then read from the disk as they are needed."""
+        self.warn_of_long(args, pipe)
+        rank, ranks = (world()[0], 1) if self.fsdp else world()
+        jobs = embedding_files(out.path / "prompts", self.prompts, self.look_at)
+        mine = []
+        for number, job in enumerate(jobs):
+            if number % ranks == rank and not job.path.exists() and not (self.fsdp and rank):
+                mine.append(job)
+        for name, part in pipe.components.items():
+            if mine and name.startswith("text_encoder") and part is not None:
+                part.to(self.device)
+        for job in mine:
+            conds = []
+            for i in range(0, len(job.prompts), 64):
+                cond, uncond = self.family.encode(pipe, job.prompts[i:i + 64], self.latent,
+                                                  self.device, **text_arguments(args))
+                conds.append(uncond if job.is_empty else cond)
+            tensors = flat(reduce(join_batches, conds))
+            write_folder(job.path, {"embeddings.safetensors": tensors}, self.facts_of(job))
+        barrier()
+        self.files = {}                                         # number of its first prompt -> file
+        for job in jobs:
+            file = open_tensors(job.path, self.facts_of(job), "embeddings.safetensors")
+            if job.is_empty:
+                self.empty = {name: file.get_tensor(name).to(self.device) for name in file.keys()}
+            else:
+                self.files[job.first] = file
+
+    def facts_of(self, job):
+        if job.is_look_at:
+            return dict(self.facts, prompts=hash_of(self.look_at))
+        return self.facts
+
+    def warn_of_long(self, args, pipe):
+        """Say once how many prompts the text encoder will cut."""
+        if world()[0] != 0:
+            return
+        most = self.family.most_tokens
+        if args.text_tokens and not args.no_t5:
+            most = args.text_tokens
+        limit = min(pipe.tokenizer.model_max_length, most)
+        prompts = self.prompts + self.look_at
+        long = sum(len(pipe.tokenizer(prompt).input_ids) > limit for prompt in prompts)
+        if long:
+            print(f"warning: {long} of {len(prompts)} prompts are longer than {limit} tokens and "
+                  f"are cut there", file=sys.stderr)
+
+    def prompt(self, i):
+        """The text of prompt i; those to look at are numbered on after the others."""
+        n = len(self.prompts)
+        return self.prompts[i] if i < n else self.look_at[i - n]
+
+    def cond(self, index):
+        """LongTensor [B] of prompts -> the network's conditioning for that batch."""
+        index = index.tolist()
+        self.drawn += index                     # what to name, should the iteration fail
+        places = []
+        for i in index:
+            n = len(self.prompts)
+            first = i // SHARD * SHARD if i < n else n + (i - n) // SHARD * SHARD
+            places.append((self.files[first], i - first))
+        tensors = {}
+        for name in places[0][0].keys():
+            parts = [file.get_slice(name)[i:i + 1] for file, i in places]
+            tensors[name] = torch.cat(parts).to(self.device)
+        return nested(tensors) | self.constant
+
+    def uncond(self, n):
+        """The conditioning of the empty prompt, n times."""
+        repeated = {name: v.expand(n, *v.shape[1:]) for name, v in self.empty.items()}
+        return nested(repeated) | self.constant
+
+    # ------------------------------------------------------------------------------------ samples
+
+    def sampler(self, stops, w, order=1):
+        """The teacher's own, under guidance: sampler(x_T, cond, uncond) -> x_0."""
+        def run(x, cond, uncond):
+            return sample(self.net, self.schedule, x, stops, cond, uncond, w, order)
+        return run
+
+    @torch.no_grad()
+    def draw(self, sampler, x_T, index, batch):
+        """Any number of latents on the host through sampler(x_T, cond, uncond), `batch` at a time
+        on the device. index: LongTensor of their prompts."""
+        drawn = []
+        for x, i in zip(x_T.split(batch), index.split(batch)):
+            drawn.append(sampler(x.to(self.device), self.cond(i), self.uncond(len(x))).cpu())
+        return torch.cat(drawn)
+
+    def decode(self, x0):
+        """Latents [B,...] -> images [B,3,H,W] or videos [B,3,F,H,W] in [-1,1], with gradient."""
+        return self.family.decode(self.vae, x0, self.latent)
+
+    @torch.no_grad()
+    def images(self, x0, batch=8):
+        """The same on the host, of any number of latents."""
+        return torch.cat([self.decode(x.to(self.device)).cpu() for x in x0.split(batch)])
+
+
+# --------------------------------------------------------------------------- embeddings on the disk
+
+class Embeddings:
+    """One file of embeddings: its prompts, and the number of the first of them."""
+
+    def __init__(self, path, prompts, first=0, is_empty=False, is_look_at=False):
+        self.path = path
+        self.prompts = prompts
+        self.first = first
+        self.is_empty = is_empty
+        self.is_look_at = is_look_at
+
+
+def embedding_files(folder, prompts, look_at):
+    """The files of all prompts, of those to look at, and of the empty one."""
+    files = []
+    for first in range(0, len(prompts), SHARD):
+        path = folder / f"{first // SHARD:05d}"
+        files.append(Embeddings(path, prompts[first:first + SHARD], first))
+    files.append(Embeddings(folder / "empty", prompts[:1], is_empty=True))
+    for first in range(0, len(look_at), SHARD):
+        path = folder / f"look-at-{hash_of(look_at)}-{first // SHARD:05d}"
+        files.append(Embeddings(path, look_at[first:first + SHARD], len(prompts) + first,
+                                is_look_at=True))
+    return files
+
+
+def hash_of(prompts):
+    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]
+
+
+def flat(cond, prefix=""):
+    """{"a": {"b": x}} -> {"a/b": x}, as a file keeps it; `nested` is the way back."""
+    values = {}
+    for name, value in cond.items():
+        if isinstance(value, dict):
+            values.update(flat(value, f"{prefix}{name}/"))
+        else:
+            values[prefix + name] = value
+    return values
+
+
+def nested(values):
+    cond = {}
+    for name, value in values.items():
+        *path, last = name.split("/")
+        inner = cond
+        for key in path:
+            inner = inner.setdefault(key, {})
+        inner[last] = value
+    return cond
