@@ -1,19 +1,20 @@
-"""Distil a video pipeline of diffusers to a few steps by ADM, DMD or Phased DMD: CogVideoX (2b,
-5b, 1.5) and Wan (2.1, and 2.2 with its two transformers).
+"""Distil a video pipeline of diffusers to a few steps by ADM, DMD or Phased DMD: CogVideoX (2b, 5b,
+1.5) and Wan (2.1, and 2.2 with its two transformers).
 
-    python train_cogvideox.py --model THUDM/CogVideoX-2b --prompts prompts.txt --out out/cogvideox
-    \\
-        --bf16 --grad-checkpointing --lora-rank 64 --lora-rank-fake 64 --batch-size 1       # one
-        GPU
-    torchrun --nproc-per-node 8 train_cogvideox.py --model THUDM/CogVideoX-5b \\
-        --context-parallel 2 ... (the same flags)                                           # eight
+    # one GPU, by LoRA
+    python train_cogvideox.py --model THUDM/CogVideoX-2b --prompts prompts.txt \\
+        --out out/cogvideox --bf16 --grad-checkpointing --lora-rank 64 --lora-rank-fake 64 \\
+        --batch-size 1
     python train_cogvideox.py --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts prompts.txt \\
         --out out/wan --method phased_dmd --bf16 --grad-checkpointing --batch-size 1
+    # eight; two ranks share each video's tokens; all weights sharded
+    torchrun --nproc-per-node 8 train_cogvideox.py --model THUDM/CogVideoX-5b \\
+        --context-parallel 2 ...
     torchrun --nproc-per-node 8 train_cogvideox.py --model Wan-AI/Wan2.2-T2V-A14B-Diffusers \\
-        --method phased_dmd --fsdp ... (the same flags)
+        --method phased_dmd --fsdp ...
 
-The stages are train_sdxl.py's, without ADP, which is for images. Writes what it writes; samples.png
-is a contact sheet, and every sampled video is a GIF beside it.
+The stages are train_sdxl.py's, without ADP, which is for images. Writes what that writes;
+samples.png is a contact sheet, and the first sampled videos are GIFs beside it.
 """
 from training.errors import run_main
 from train_sdxl import main

@@ -1,18 +1,18 @@
 """Distil an image pipeline of diffusers to a few steps: DMDX (ODE pairs, ADP, ADM), ADM alone, DMD,
 or Phased DMD. For SDXL, SD3, SD3.5 and Qwen-Image; a family is a file in families/.
 
-    python train_sdxl.py                            # the embedded teacher, on two CPU cores,
-    minutes python train_sdxl.py --method phased_dmd --out out/phased   # the same, two experts of
-    two steps python train_sdxl.py --model stabilityai/stable-diffusion-xl-base-1.0 --prompts
-    prompts.txt \\
-        --out out/sdxl --bf16 --grad-checkpointing --lora-rank 64 --lora-rank-fake 64 \\
-        --batch-size 1                                                              # one GPU
-    torchrun --nproc-per-node 8 train_sdxl.py --model ... (the same flags)          # eight
-    python train_sdxl.py --model stabilityai/stable-diffusion-3-medium-diffusers ...    # four steps
-    python train_sdxl.py --model Qwen/Qwen-Image --method phased_dmd ...            # two experts
+    python train_sdxl.py                                # the embedded teacher, two cores, minutes
+    python train_sdxl.py --method phased_dmd --out out/phased           # two experts of two steps
 
-Writes to --out: prompts/, pairs/, checkpoints/, metrics.jsonl, losses.png, samples.png,
-result.json, and export/, a pipeline that stock diffusers samples.
+    # one GPU, by LoRA
+    python train_sdxl.py --model stabilityai/stable-diffusion-xl-base-1.0 --prompts prompts.txt \\
+        --out out/sdxl --bf16 --grad-checkpointing --lora-rank 64 --lora-rank-fake 64
+    torchrun --nproc-per-node 8 train_sdxl.py ...       # eight, with the same flags
+    python train_sdxl.py --model stabilityai/stable-diffusion-3-medium-diffusers ...  # four steps
+    python train_sdxl.py --model Qwen/Qwen-Image --method phased_dmd ...              # two experts
+
+Writes to --out: prompts/, pairs/, checkpoints/, metrics.jsonl, losses.png, samples.png, result.json
+and export/, a pipeline that stock diffusers samples.
 """
 import json
 import textwrap

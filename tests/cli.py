@@ -1,5 +1,5 @@
-"""Why this file exists: it runs the scripts as a user does, every run a process of its own, forked from one that has imported the
-libraries already: a second each instead of six."""
+"""Runs the scripts as a user does. Every run is a process of its own, forked from one that has
+imported the libraries already: a second each instead of six."""
 import multiprocessing
 import os
 import re
@@ -14,7 +14,8 @@ from multiprocessing.connection import wait as readable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))                                   # before the folder the tests were started from, which may be another copy
+# before the folder the tests were started from, which may be another copy
+sys.path.insert(0, str(ROOT))
 
 import matplotlib.pyplot  # noqa: F401
 import peft  # noqa: F401
@@ -22,50 +23,92 @@ import torch
 import torch.distributed.run  # noqa: F401
 import transformers.utils.logging
 
-transformers.utils.logging.set_verbosity_error()                # what it says of missing extras would be in every run's output
-from diffusers import (CogVideoXPipeline, DPMSolverMultistepScheduler, StableDiffusion3Pipeline,  # noqa: E402, F401
-                       StableDiffusionXLPipeline, UniPCMultistepScheduler)
+# what it says of missing extras would be in every run's output
+transformers.utils.logging.set_verbosity_error()
+from diffusers import (CogVideoXPipeline, DPMSolverMultistepScheduler,  # noqa: E402, F401
+                       StableDiffusion3Pipeline, StableDiffusionXLPipeline,
+                       UniPCMultistepScheduler)
 from transformers import Dinov2Model, SamVisionModel  # noqa: E402, F401
 
-import phased_dmd, plumbing, shapes, toys  # noqa: E401, E402, F401
+import tools.quality  # noqa: E402, F401
+import tools.sample  # noqa: E402, F401
+import train_sdxl  # noqa: E402, F401
+from families.family import of_medium  # noqa: E402
+from lesson.runs import FOLDERS  # noqa: E402
 
+of_medium("image")                              # imports their files
+of_medium("video")
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["cli"])
-ONE = threading.Lock()                                          # starting a process polls all others: two threads that poll one read its exit code once, and 255
+# starting a process polls all others: two threads that poll one read its exit code once, and 255
+ONE = threading.Lock()
 
+
+# --------------------------------------------------------------------------------- in the child
 
 def script(argv, group, folder, out, err):
-    """In the child: be `python argv[0] argv[1:]`."""
+    """Be `python ARGV`, started in `folder`."""
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-    sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)
+    sys.stdout = open(1, "w", buffering=1, closefd=False)
+    sys.stderr = open(2, "w", buffering=1, closefd=False)
     os.environ.update(group)
     os.chdir(folder)
-    sys.argv = [str(a) for a in argv]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
+    argv = [str(a) for a in argv]
+    use_code_of(Path.cwd() if argv[0] in ("-c", "-m") else Path(argv[0]).parent)
     if argv[0] == "-c":
-        sys.argv = ["-c", *sys.argv[2:]]
+        sys.argv = ["-c", *argv[2:]]
         exec(compile(argv[1], "-c", "exec"), dict(__name__="__main__"))
+    elif argv[0] == "-m":
+        sys.argv = argv[1:]
+        sys.modules.pop(argv[1], None)                          # or runpy would warn
+        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
     else:
-        runpy.run_path(str(argv[0]), run_name="__main__")
+        sys.argv = argv
+        runpy.run_path(argv[0], run_name="__main__")
 
+
+def use_code_of(home):
+    """home: the folder that Python would look in first. If it is another copy of the repository,
+    forget the modules that this process was forked with."""
+    if home == ROOT or not (home / "train_sdxl.py").exists():
+        return
+    ours = {file.stem for file in ROOT.glob("*.py")} | set(FOLDERS)
+    for name in list(sys.modules):
+        if name.split(".")[0] in ours:
+            del sys.modules[name]
+    sys.path.insert(0, str(home))
+
+
+# -------------------------------------------------------------------------------- in the parent
 
 class Run:
-    """One script under way; with ranks, the processes torchrun would start."""
+    """One script under way: `python ARGV`; with ranks, the processes torchrun would start."""
 
     def __init__(self, *argv, ranks=0, folder=ROOT):
         self.folder = tempfile.mkdtemp()
-        self.store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if ranks else None   # outlives rank 0
+        self.store = None
+        if ranks:                                               # outlives rank 0
+            self.store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True,
+                                                    wait_for_workers=False)
         self.processes = []
         for rank in range(ranks or 1):
-            group = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(self.store.port),
-                         TORCHELASTIC_USE_AGENT_STORE="True") if ranks else {}
             for file in self.files(rank):
-                Path(file).touch()                              # for one that is killed before it gets there
-            self.processes.append(FORKS.Process(target=script, args=(argv, group, str(folder), *self.files(rank))))
+                Path(file).touch()                              # it may be killed before that
+            arguments = (argv, self.group(rank, ranks), str(folder), *self.files(rank))
+            self.processes.append(FORKS.Process(target=script, args=arguments))
             with ONE:
                 self.processes[-1].start()
+
+    def group(self, rank, ranks):
+        """The environment that torchrun gives a rank."""
+        if not ranks:
+            return {}
+        return dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
+                    MASTER_ADDR="127.0.0.1", MASTER_PORT=str(self.store.port),
+                    TORCHELASTIC_USE_AGENT_STORE="True")
 
     def files(self, rank):
         return f"{self.folder}/{rank}.out", f"{self.folder}/{rank}.err"
@@ -79,13 +122,16 @@ class Run:
             os.kill(p.pid, number)
 
     def wait(self):
-        """-> self, with returncode, stdout and stderr as subprocess gives them; of several ranks the worst, and all together."""
+        """-> self, with returncode, stdout and stderr as subprocess gives them; of several ranks
+        the worst, and all together."""
         for p in self.processes:
-            readable([p.sentinel])                              # without the lock: it takes as long as the run
+            readable([p.sentinel])              # without the lock: it takes as long as the run
             with ONE:
                 p.join()
         self.returncode = max((p.exitcode for p in self.processes), key=abs)
-        self.stdout, self.stderr = ("".join(Path(self.files(r)[k]).read_text() for r in range(len(self.processes))) for k in (0, 1))
+        files = [self.files(rank) for rank in range(len(self.processes))]
+        self.stdout = "".join(Path(out).read_text() for out, _ in files)
+        self.stderr = "".join(Path(err).read_text() for _, err in files)
         return self
 
 
@@ -96,7 +142,9 @@ def succeeded(done):
 
 def failed(done, code, *words):
     """The exit code, and one line on standard error that holds these words: no traceback."""
-    lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("warning") and "%|" not in line]   # nor a progress bar
+    lines = [line for line in done.stderr.splitlines()
+             if line.strip() and not line.startswith("warning")
+             and "%|" not in line]                              # nor a progress bar
     assert done.returncode == code and len(lines) == 1, (done.returncode, done.stderr[-2000:])
     for word in words:
         assert word in lines[0], (word, lines[0])
@@ -104,9 +152,12 @@ def failed(done, code, *words):
 
 @contextmanager
 def two_at_a_time(jobs):
-    """{name: (function, arguments)} -> {name: future}, worked off in the background in this order; what was not asked for is dropped at the end."""
+    """{name: (function, arguments)} -> {name: future}, worked off in the background in this order;
+    what was not asked for is dropped at the end."""
     with ThreadPoolExecutor(2) as pool:
-        futures = {name: pool.submit(function, *arguments) for name, (function, *arguments) in jobs.items()}
+        futures = {}
+        for name, (function, *arguments) in jobs.items():
+            futures[name] = pool.submit(function, *arguments)
         yield futures
         for future in futures.values():
             future.cancel()
@@ -122,15 +173,18 @@ if sample.dim() == 5:
     sample = sample.transpose(1, 2)
 print((sample * 2 - 1 - kept["images"].clamp(-1, 1)).abs().max().item(), kept["images"].std().item())
 """
+CALL = "pipe([prompts[i] for i in kept['prompt']], latents=kept['x_T'], output_type='pt', "
 
 
 def stock_difference(out, prompts):
-    """A new process, stock diffusers, the model card's lines: largest difference from the trainer's own samples."""
+    """A new process, stock diffusers, the model card's lines: largest difference from the trainer's
+    own samples."""
     code = (out / "export" / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    code, calls = re.subn(re.escape(f"pipe({prompts[0]!r}, "), "pipe([prompts[i] for i in kept['prompt']], latents=kept['x_T'], output_type='pt', ", code)
+    code, calls = re.subn(re.escape(f"pipe({prompts[0]!r}, "), CALL, code)
     code, ends = re.subn(r"\)\.(images|frames)\[0\]\n(.|\n)*", r").\1\n", code)
     assert calls == ends == 1, code
-    done = succeeded(Run("-c", CARD.format(code), out / "samples" / "samples.safetensors", *prompts).wait())
+    done = succeeded(Run("-c", CARD.format(code), out / "samples" / "samples.safetensors",
+                         *prompts).wait())
     difference, spread = map(float, done.stdout.split()[-2:])
     assert spread > 0.01, "the samples are blank: nothing was compared"
     return difference

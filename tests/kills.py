@@ -1,4 +1,5 @@
-"""Why this file exists: a run is killed two hundred times at random moments, resumed each time, and nothing may be lost. Not for CI: minutes.
+"""Kill a run two hundred times at random moments and resume it each time: nothing may be lost. Not
+for CI: minutes.
 
     python tests/kills.py --kills 200
 """
@@ -13,7 +14,9 @@ import time
 from collections import Counter
 from pathlib import Path
 
-FLAGS = "--stage adm --save-every 1 --batch-size 1 --ema 0.9 --head-channels 8 --iterations".split()
+FLAGS = ("--stage adm --save-every 1 --batch-size 1 --ema 0.9 --head-channels 8 "
+         "--iterations").split()
+ENDLESS = "1000000"
 
 
 def number(path):
@@ -24,48 +27,76 @@ def loras(rank):
     return "--lora-rank", str(rank), "--lora-rank-fake", str(rank)
 
 
-def punish(small, out, kills, dice, rank=2, told=lambda text: None):
-    """Kill -9 a run that saves after every iteration, at a moment between its start and a while after its first save; `kills` times -> counts."""
+def saved(out):
+    return sorted(out.glob("checkpoints/adm-????????"))
+
+
+def say_nothing(text):
+    pass
+
+
+def punish(small, out, kills, dice, rank=2, told=say_nothing):
+    """Kill -9 a run that saves after every iteration, at a moment between its start and a while
+    after its first save; `kills` times -> counts."""
     from cli import Run
-    from plumbing import Failure, verify
     from sdxl import start
-    Run("-c", "pass").wait()                                    # the process that the runs are forked from has to import everything first
-    newest, counts, patience, before = 0, Counter(), None, set()
+    Run("-c", "pass").wait()            # the process that runs are forked from imports all first
+    newest = 0
+    counts = Counter()
+    patience = None
+    before = set()
     for k in range(kills):
-        began, run = time.time(), start(small, out, *loras(rank), *FLAGS, "1000000", "--resume", "auto")
+        began = time.time()
+        run = start(small, out, *loras(rank), *FLAGS, ENDLESS, "--resume", "auto")
         if patience is None:                                    # how long that takes here
-            while not list(out.glob("checkpoints/adm-????????")) and run.alive():
+            while not saved(out) and run.alive():
                 time.sleep(0.01)
             patience = 2 * (time.time() - began)
         time.sleep(max(0, began + dice.uniform(0, patience) - time.time()))
         assert run.alive(), run.wait().stderr[-2000:]
         run.send(signal.SIGKILL)
         run.wait()
-        there = sorted(out.glob("checkpoints/adm-????????"))
-        for path in there:
-            try:
-                verify(path)
-            except Failure as e:
-                counts["unreadable"] += 1
-                told(str(e))
+        there = saved(out)
+        counts["unreadable"] += unreadable(there, told)
         last = number(there[-1]) if there else 0
         counts["lost"] += last < newest or (newest > 1 and len(there) < 2)
         leftovers = {(str(p), p.stat().st_ino) for p in out.glob("**/*.tmp")}
         counts["leftovers"] += len(leftovers - before)
         counts["in mid-save"] += len(leftovers - before) > 0
-        newest, before = last, leftovers
-        told(f"{k + 1}: killed after {time.time() - began:.2f} s, newest {newest}, left over {[Path(p).name for p, _ in leftovers]}")
-    counts["kills"], counts["iterations"] = kills, newest
+        newest = last
+        before = leftovers
+        told(f"{k + 1}: killed after {time.time() - began:.2f} s, newest {newest}, left over "
+             f"{[Path(p).name for p, _ in leftovers]}")
+    counts["kills"] = kills
+    counts["iterations"] = newest
     return counts
+
+
+def unreadable(checkpoints, told):
+    """How many of them are not whole."""
+    from training.errors import Failure
+    from training.folders import verify
+    count = 0
+    for path in checkpoints:
+        try:
+            verify(path)
+        except Failure as e:
+            count += 1
+            told(str(e))
+    return count
 
 
 def finish(small, out, rank=2):
     """Resume once more, Ctrl-C after another save: the last iteration it reached."""
     from sdxl import stop_when
-    newest = number(max(out.glob("checkpoints/adm-????????")))
-    stop_when(small, out, f"adm-{newest + 1:08d}", *loras(rank), *FLAGS, "1000000")
+    newest = number(saved(out)[-1])
+    stop_when(small, out, f"adm-{newest + 1:08d}", *loras(rank), *FLAGS, ENDLESS)
     assert not list(out.glob("**/*.tmp")), "what a killed save left was not cleaned"
-    return number(max(out.glob("checkpoints/adm-????????")))
+    return number(saved(out)[-1])
+
+
+def print_now(text):
+    print(text, flush=True)
 
 
 def main():
@@ -75,15 +106,20 @@ def main():
     args = p.parse_args()
     from cli import succeeded
     from sdxl import build, same, train, weights
-    root, rank = Path(tempfile.mkdtemp()), 16                   # of the LoRAs: saving then takes as long as training
-    small, out, whole = build(root), root / "out", root / "whole"
-    counts = punish(small, out, args.kills, random.Random(args.seed), rank, told=lambda text: print(text, flush=True))
+    root = Path(tempfile.mkdtemp())
+    rank = 16                           # of the LoRAs: saving then takes as long as training
+    small = build(root)
+    out = root / "out"
+    whole = root / "whole"
+    counts = punish(small, out, args.kills, random.Random(args.seed), rank, told=print_now)
     last = finish(small, out, rank)
-    succeeded(train(small, whole, *loras(rank), *FLAGS, str(last), "--save-every", "1000000"))
+    succeeded(train(small, whole, *loras(rank), *FLAGS, str(last), "--save-every", ENDLESS))
     same(weights(out, "adm", last), weights(whole, "adm", last), rtol=0, atol=0)
     shutil.rmtree(root)
-    print(f"{counts['kills']} kills over {last} iterations: {counts['lost']} checkpoints lost, {counts['unreadable']} unreadable, {counts['leftovers']} "
-          f"half-written ones left over by {counts['in mid-save']} kills and cleaned; final weights, averages and moments bit-equal to an uninterrupted run's")
+    print(f"{counts['kills']} kills over {last} iterations: {counts['lost']} checkpoints lost, "
+          f"{counts['unreadable']} unreadable, {counts['leftovers']} half-written ones left over "
+          f"by {counts['in mid-save']} kills and cleaned; final weights, averages and moments "
+          f"bit-equal to an uninterrupted run's")
     assert not counts["lost"] and not counts["unreadable"]
 
 

@@ -1,4 +1,5 @@
-"""Why this file exists: the small random SDXL pipeline, and how train_sdxl.py is run on it, for the tests that share them."""
+"""The small random SDXL pipeline, and how train_sdxl.py is run on it, for the tests that share
+them."""
 import signal
 import time
 
@@ -7,36 +8,39 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import pipelines
-import shapes
 from cli import ROOT, Run, succeeded
+from teachers import make_sdxl
+from teachers.shapes import CAPTIONS
 
-QUICK = ("--pairs 12 --pair-steps 2 --iterations 4 --batch-size 2 --save-every 2 --sample-every 100 --head-channels 16 "
-         "--lr-generator-adp 1e-3 --lr-generator 1e-3 --lr-fake 1e-3 --lr-discriminator 1e-3").split()
-PROMPTS = shapes.CAPTIONS[:5]
+QUICK = ("--pairs 12 --pair-steps 2 --iterations 4 --batch-size 2 --save-every 2 "
+         "--sample-every 100 --head-channels 16 --lr-generator-adp 1e-3 --lr-generator 1e-3 "
+         "--lr-fake 1e-3 --lr-discriminator 1e-3").split()
+PROMPTS = CAPTIONS[:5]
 PHASED = "--method phased_dmd --accumulate 1 --ttur 2 --lora-rank 0 --decay".split()
-LIGHT = "--lora-rank 2 --lora-rank-fake 2 --head-channels 8".split()      # checkpoints of 2 MB and not of 40
+# checkpoints of 2 MB and not of 40
+LIGHT = "--lora-rank 2 --lora-rank-fake 2 --head-channels 8".split()
 
 
 def build(root):
     """A random pipeline, a random vision encoder and a prompt file."""
     torch.manual_seed(0)
-    shapes.build().save_pretrained(root / "model")
+    make_sdxl.build().save_pretrained(root / "model")
     pipelines.sam().save_pretrained(root / "vision")
     (root / "prompts.txt").write_text("\n".join(PROMPTS))
     return root
 
 
 def command(small, out, *flags):
-    return (ROOT / "train_sdxl.py", "--model", small / "model", "--prompts", small / "prompts.txt", "--pixel-backbone", small / "vision",
-            "--out", out, *QUICK, *flags)
+    return (ROOT / "train_sdxl.py", "--model", small / "model", "--prompts", small / "prompts.txt",
+            "--pixel-backbone", small / "vision", "--out", out, *QUICK, *flags)
 
 
-def start(small, out, *flags, **how):
-    return Run(*command(small, out, *flags), **how)
+def start(small, out, *flags, **options):
+    return Run(*command(small, out, *flags), **options)
 
 
-def train(*args, **how):
-    return start(*args, **how).wait()
+def train(*args, **options):
+    return start(*args, **options).wait()
 
 
 def appears(path, run):
@@ -57,10 +61,14 @@ def stop_when(small, out, checkpoint, *flags):
 
 def weights(out, stage="adm", iteration=4):
     folder = out / "checkpoints" / f"{stage}-{iteration:08d}"
-    return {f"{f.stem}.{k}": v for f in sorted(folder.glob("*.safetensors")) for k, v in load_file(f).items()}
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            found[f"{file.stem}.{name}"] = tensor
+    return found
 
 
 def same(a, b, **tolerance):
     assert a.keys() == b.keys()
-    for k in a:
-        assert_close(a[k], b[k], msg=lambda m: f"{k}: {m}", **tolerance)
+    for name in a:
+        assert_close(a[name], b[name], msg=lambda m: f"{name}: {m}", **tolerance)

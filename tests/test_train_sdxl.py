@@ -1,4 +1,5 @@
-"""train_sdxl.py from its command line on a small random SDXL pipeline: stages, resume, export. What goes wrong is in test_reliability.py."""
+"""train_sdxl.py from its command line on a small random SDXL pipeline: stages, resume, export. What
+goes wrong is in test_reliability.py."""
 import json
 import os
 import subprocess
@@ -9,32 +10,38 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from cli import ROOT, Run, failed, stock_difference, succeeded, two_at_a_time
-from sample import load_student
 from sdxl import PHASED, PROMPTS, command, same, stop_when, train, weights
+from training.export import load_student
 
+EMA = ["--ema", "0.9"]
 VARIANTS = {
-    "finished": ["--ema", "0.9"],
-    "phased": [*PHASED, "--ema", "0.9"],
-    "checkpointing": ["--ema", "0.9", "--grad-checkpointing"],
-    "two ranks": ["--ema", "0.9", "--batch-size", "1"],
+    "finished": EMA,
+    "phased": [*PHASED, *EMA],
+    "checkpointing": [*EMA, "--grad-checkpointing"],
+    "two ranks": [*EMA, "--batch-size", "1"],
     "dmd": ["--method", "dmd", "--grad-checkpointing"],
-    "lora": ["--lora-rank", "4", "--lora-rank-fake", "4", "--lora-alpha", "2", "--accumulate", "2", "--grad-checkpointing"],
-    "four steps without ADP": ["--stage", "adm", "--steps", "4", "--ttur", "2", "--lora-rank", "4"],
-    "three phases, lora": [*PHASED, "--steps", "3", "--phases", "3", "--lora-rank", "4", "--lora-alpha", "1", "--lora-rank-fake", "2", "--weighting", "paper"],
+    "lora": "--lora-rank 4 --lora-rank-fake 4 --lora-alpha 2 --accumulate 2 "
+            "--grad-checkpointing".split(),
+    "four steps without ADP": "--stage adm --steps 4 --ttur 2 --lora-rank 4".split(),
+    "three phases, lora": [*PHASED, *"--steps 3 --phases 3 --lora-rank 4 --lora-alpha 1 "
+                           "--lora-rank-fake 2 --weighting paper".split()],
     "bf16": ["--bf16", "--clip", "0"],
-    "bf16, lora": ["--bf16", "--lora-rank", "4"]}
+    "bf16, lora": ["--bf16", "--lora-rank", "4"],
+}
 
 
 @pytest.fixture(scope="session")
 def runs(small, tmp_path_factory):
-    """name -> a future of the run's folder: two at a time in the background, in the order the tests ask."""
+    """name -> a future of the run's folder: two at a time in the background, in the order the tests
+    ask."""
     root = tmp_path_factory.mktemp("runs")
 
     def whole(name, flags):
         succeeded(train(small, root / name, *flags, ranks=2 if name == "two ranks" else 0))
         return root / name
 
-    with two_at_a_time({name: (whole, name, flags) for name, flags in VARIANTS.items()}) as futures:
+    jobs = {name: (whole, name, flags) for name, flags in VARIANTS.items()}
+    with two_at_a_time(jobs) as futures:
         yield futures
 
 
@@ -48,11 +55,17 @@ def phased(runs):
     return runs["phased"].result()
 
 
+def logged(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
 def test_run_leaves_what_the_readme_promises(finished):
-    for name in ("samples.png", "losses.png", "metrics.jsonl", "result.json", "export/model_index.json", "export/README.md"):
+    for name in ("samples.png", "losses.png", "metrics.jsonl", "result.json",
+                 "export/model_index.json", "export/README.md"):
         assert (finished / name).stat().st_size > 100 or name == "result.json", name
-    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-    assert {r["stage"] for r in rows} == {"adp", "adm"} and {"fake", "dmd", "generator", "discriminator"} <= rows[-1].keys()
+    entries = logged(finished)
+    assert {entry["stage"] for entry in entries} == {"adp", "adm"}
+    assert {"fake", "dmd", "generator", "discriminator"} <= entries[-1].keys()
     assert json.loads((finished / "result.json").read_text())["seconds"] > 0
 
 
@@ -68,25 +81,33 @@ def test_model_card_snippet_runs(finished, tmp_path):
     assert (tmp_path / "sample.png").exists()
 
 
-def test_sample_draws_student_beside_teacher(small, finished, phased, tmp_path):
-    """And the experts of Phased DMD switch as they do by the card."""
-    succeeded(Run(ROOT / "sample.py", finished / "export", "--teacher", small / "model", "--prompts", small / "prompts.txt", "--steps", "2", "--out", tmp_path).wait())
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["result.json", "samples.png", "student", "teacher"]
-    assert all(len(list((tmp_path / who).glob("*.png"))) == len(PROMPTS) for who in ("student", "teacher"))
+def test_sample_draws_student_beside_teacher(small, finished, tmp_path):
+    succeeded(Run("-m", "tools.sample", finished / "export", "--teacher", small / "model",
+                  "--prompts", small / "prompts.txt", "--steps", "2", "--out", tmp_path).wait())
+    written = sorted(p.name for p in tmp_path.iterdir())
+    assert written == ["result.json", "samples.png", "student", "teacher"]
+    for who in ("student", "teacher"):
+        assert len(list((tmp_path / who).glob("*.png"))) == len(PROMPTS)
     result = json.loads((tmp_path / "result.json").read_text())
-    assert result["student"]["steps"] == 1 and result["teacher"]["steps"] == 2 and result["student"]["seconds"] > 0
+    assert result["student"]["steps"] == 1 and result["student"]["seconds"] > 0
+    assert result["teacher"]["steps"] == 2
+    failed(Run("-m", "tools.sample", finished, "--out", tmp_path / "no").wait(), 1,
+           "not an exported student", "export/")
+
+
+def test_a_loaded_student_switches_its_experts_as_the_card_does(phased):
     pipe, call = load_student(phased / "export")
     kept = load_file(phased / "samples" / "samples.safetensors")
     pipe.set_progress_bar_config(disable=True)
-    images = pipe([PROMPTS[i] for i in kept["prompt"]], latents=kept["x_T"], output_type="pt", **call).images * 2 - 1
+    prompts = [PROMPTS[i] for i in kept["prompt"]]
+    images = pipe(prompts, latents=kept["x_T"], output_type="pt", **call).images * 2 - 1
     assert_close(images, kept["images"].clamp(-1, 1), rtol=0, atol=1e-4)
-    failed(Run(ROOT / "sample.py", finished, "--out", tmp_path / "no").wait(), 1, "not an exported student", "export/")
 
 
 def test_phased_dmd_stopped_and_resumed_is_bit_equal(small, phased, tmp_path):
     for checkpoint in ("phase1-00000004", "phase2-00000004"):
-        stop_when(small, tmp_path / "out", checkpoint, *PHASED, "--ema", "0.9")
-    succeeded(train(small, tmp_path / "out", *PHASED, "--ema", "0.9", "--resume", "auto"))
+        stop_when(small, tmp_path / "out", checkpoint, *PHASED, *EMA)
+    succeeded(train(small, tmp_path / "out", *PHASED, *EMA, "--resume", "auto"))
     for stage in ("phase1", "phase2"):
         same(weights(tmp_path / "out", stage, 8), weights(phased, stage, 8), rtol=0, atol=0)
 
@@ -94,16 +115,29 @@ def test_phased_dmd_stopped_and_resumed_is_bit_equal(small, phased, tmp_path):
 def test_phased_dmd_export(phased):
     """Both experts, switched at their boundary by the pipeline's own callback."""
     facts = json.loads((phased / "export" / "experts.json").read_text())
-    assert facts == dict(network="unet", steps=[2, 2], switch=True, boundaries=[499.0], call=dict(num_inference_steps=4, guidance_scale=0))
-    first, second = (load_file(phased / "export" / name / "diffusion_pytorch_model.safetensors") for name in ("unet", "unet_2"))
+    assert facts == dict(network="unet", steps=[2, 2], switch=True, boundaries=[499.0],
+                         call=dict(num_inference_steps=4, guidance_scale=0))
+    first, second = (load_file(phased / "export" / name / "diffusion_pytorch_model.safetensors")
+                     for name in ("unet", "unet_2"))
     assert any((first[k] != second[k]).any() for k in first)
     assert stock_difference(phased, PROMPTS) < 1e-4
-    assert {json.loads(line)["stage"] for line in (phased / "metrics.jsonl").read_text().splitlines()} == {"phase1", "phase2"}
+    assert {entry["stage"] for entry in logged(phased)} == {"phase1", "phase2"}
 
 
 @pytest.mark.parametrize("name", list(VARIANTS)[4:])
 def test_variants_train_and_export(runs, name):
-    assert stock_difference(runs[name].result(), PROMPTS) < (0.1 if "bf16" in name else 1e-4)   # bf16 trainer, float32 export
+    most = 0.1 if "bf16" in name else 1e-4                      # bf16 trainer, float32 export
+    assert stock_difference(runs[name].result(), PROMPTS) < most
+
+
+def test_dmd_has_no_discriminator(runs):
+    """Neither heads nor their moments are kept: only ADP's, whose discriminators it trained."""
+    checkpoints = runs["dmd"].result() / "checkpoints"
+    nets = {"generator.safetensors", "optimizer_generator.safetensors"}
+    fakes = {"fake_score.safetensors", "optimizer_fake score.safetensors"}
+    found = {p.name for p in (checkpoints / "adm-00000004").iterdir()}
+    assert found == {"manifest.json"} | nets | fakes
+    assert (checkpoints / "adp-00000004" / "heads.safetensors").exists()
 
 
 def test_checkpointing_changes_nothing(runs, finished):
@@ -112,32 +146,42 @@ def test_checkpointing_changes_nothing(runs, finished):
 
 def test_two_ranks_train_as_one(runs, finished):
     """Half the batch on each of two ranks: the same global batch, the same weights."""
-    generator = lambda out: {k: v for k, v in weights(out, "adp").items() if k.startswith("generator")}
+    def generator(out):
+        return {k: v for k, v in weights(out, "adp").items() if k.startswith("generator")}
     same(generator(runs["two ranks"].result()), generator(finished), rtol=1e-3, atol=2e-4)
 
 
 def test_torchrun_from_the_readme(small, tmp_path):
     """The real launcher, once."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(list(map(str, launcher + [*command(small, tmp_path / "out", "--stage", "adm")])), env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True, text=True)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                "2"]
+    words = [str(word) for word in (*launcher, *command(small, tmp_path / "out", "--stage", "adm"))]
+    done = subprocess.run(words, env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True,
+                          text=True)
     assert done.returncode == 0 and (tmp_path / "out" / "result.json").exists(), done.stderr[-3000:]
 
 
 def test_wrong_models(small, tmp_path):
-    failed(train(small, tmp_path / "a", "--model", str(tmp_path / "nothing")), 1, "nothing", "model_index.json")
+    failed(train(small, tmp_path / "a", "--model", str(tmp_path / "nothing")), 1, "nothing",
+           "model_index.json")
     other = tmp_path / "other"
     other.mkdir()
     (other / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
-    failed(train(small, tmp_path / "b", "--model", str(other)), 1, "StableDiffusionPipeline", "StableDiffusionXLPipeline")
+    failed(train(small, tmp_path / "b", "--model", str(other)), 1, "StableDiffusionPipeline",
+           "StableDiffusionXLPipeline")
     failed(train(small, tmp_path / "b", "--model", str(other), "--lr-fake", "0"), 2, "--lr-fake 0")
 
 
 def test_the_embedded_run_marks_its_student(tmp_path):
-    """Phased DMD on the shipped teacher, hardly trained: experts that are still the teacher hand on x_s with the noise it should have."""
-    succeeded(Run(ROOT / "train_sdxl.py", *"--method phased_dmd --pairs 48 --pair-steps 4 --iterations-phase 1 --batch-size 2 --ttur 1 --lr-generator 1e-9".split(),
-                  "--out", tmp_path / "out").wait())
+    """Phased DMD on the shipped teacher, hardly trained: experts that are still the teacher hand on
+    x_s with the noise it should have."""
+    flags = ("--method phased_dmd --pairs 48 --pair-steps 4 --iterations-phase 1 --batch-size 2 "
+             "--ttur 1 --lr-generator 1e-9").split()
+    succeeded(Run(ROOT / "train_sdxl.py", *flags, "--out", tmp_path / "out").wait())
     result = json.loads((tmp_path / "out" / "result.json").read_text())
-    for row in ("teacher", "untrained", "student"):
-        assert result[row].keys() == {"accuracy", "coverage_tv", "precision", "diversity"} and 0 <= result[row]["accuracy"] <= result[row]["precision"] <= 1, result
+    for name in ("teacher", "untrained", "student"):
+        row = result[name]
+        assert row.keys() == {"accuracy", "coverage_tv", "precision", "diversity"}, result
+        assert 0 <= row["accuracy"] <= row["precision"] <= 1, result
     left, = result["noise_left"]
     assert 0.9 < left < 1.05, left

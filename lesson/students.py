@@ -1,0 +1,218 @@
+"""The one-step students of the pages of glyphs, and Phased DMD in four: how each is trained.
+
+lesson/adm.py shows them, lesson/tables.py measures them over seeds, lesson/dt.py and
+lesson/collapse.py change one thing at a time. All share one Setting. The loops are those that train
+SDXL: adm.reflow, adm.adp, adm.adm and phased_dmd.phased_dmd.
+"""
+import time
+from copy import deepcopy
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
+
+import torch
+
+from adm import Scores, adm, adp, reflow
+from discriminators import Discriminator
+from lesson.glyphs import (SCHEDULE, SHAPE, generated, latent_discriminator, measure, no_prompt,
+                           pixel_discriminator)
+from phased_dmd import Expert, cut_into_phases, phased_dmd
+from training.draws import Draws, stream
+
+ONE_STEP = SCHEDULE.stops(1)
+FOUR_STEPS = SCHEDULE.stops(4)
+A1, ADP, ADM, PHASED = range(4)                 # stages: each has random numbers of its own
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all students share. Chosen on seeds 10 and 11, reported on 0, 1, 2."""
+    pairs: int = 4096           # of the teacher's ODE
+    pair_steps: int = 10
+    batch: int = 32
+    iterations_a1: int = 1200
+    iterations_adp: int = 800
+    iterations_adm: int = 300           # after ADP: of ADM and of DMD
+    iterations_without_adp: int = 400   # from the teacher: of ADM and of DMD
+    iterations_phased: int = 60         # of both phases together, and of SGTS
+    lr_a1: float = 1e-3
+    lr_adp: float = 1e-3
+    lr_adm: float = 1e-4
+    lr_without_adp: float = 3e-4
+    lr_phased: float = 3e-4
+    lr_fake: float = 5e-4
+    lr_heads: float = 1e-3
+    dt: int = round(SCHEDULE.T / 6)
+    warm_heads: bool = False    # ADM after ADP starts from the heads of ADP's D_1
+    backbone: str = "pixels"    # of the pixel discriminator
+    ema: float = 0.98
+
+    def scaled(self, factor):
+        """With all iterations and pairs times `factor`, for quick tests."""
+        changed = {}
+        for field in fields(self):
+            if field.name.startswith("iterations") or field.name == "pairs":
+                changed[field.name] = max(1, round(getattr(self, field.name) * factor))
+        return replace(self, **changed)
+
+
+class World(NamedTuple):
+    """What a student is trained with."""
+    teacher: torch.nn.Module
+    pairs: tuple                # (x_T, x_0), each [pairs,1,12,12]
+    setting: Setting
+    seed: int
+
+
+class Student(NamedTuple):
+    experts: list               # one Expert, or one for each phase
+    heads: torch.nn.Module      # of the latent discriminator, or None
+    log: list                   # a dict for each iteration: its losses; watched: what was measured
+    seconds: float              # of this thread's processor, for training alone
+
+
+# ------------------------------------------------------------------------------- what stages share
+
+def teacher_pairs(teacher, setting, seed):
+    """The teacher's ODE pairs (x_T, x_0)."""
+    x_T = torch.randn(setting.pairs, *SHAPE, generator=stream(seed, 100))
+    return x_T, generated(teacher, x_T, SCHEDULE.stops(setting.pair_steps))
+
+
+def pair_batches(world, stage):
+    """`batches` of adm.adp and adm.reflow."""
+    x_T, x_0 = world.pairs
+    n = world.setting.batch
+
+    def batches(iteration):
+        draws = Draws((world.seed, stage), iteration, [0], SHAPE, block=n)
+        pick = (draws.uniform() * len(x_T)).long()
+        return [(draws, x_0[pick], x_T[pick], no_prompt(n))]
+    return batches
+
+
+def noise_batches(world, stage):
+    """`batches` of adm.adm and phased_dmd.phased_dmd."""
+    n = world.setting.batch
+
+    def batches(iteration):
+        draws = Draws((world.seed, stage), iteration, [0], SHAPE, block=n)
+        return [(draws, no_prompt(n), no_prompt(n))]
+    return batches
+
+
+def trainable_copy(net):
+    return deepcopy(net).requires_grad_(True)
+
+
+def optimizer_of(net, lr, beta_2=0.99):
+    return torch.optim.AdamW(net.parameters(), lr, betas=(0.0, beta_2), weight_decay=0.0,
+                             fused=True)
+
+
+@torch.no_grad()
+def average_in(average, net, weight):
+    torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), weight)
+
+
+def averaged(net, optimizer, iterations, losses_of_stage, ema, watch=0):
+    """Run a stage to its end -> (the EMA of net's weights, log, seconds). The rate falls to zero
+    and the weights are averaged: a network with an adversary never settles. The average is shorter
+    at first, so that it forgets where the student started.
+
+    watch: how often in all the average is measured on the way, on 512 pages.
+    """
+    average = deepcopy(net).requires_grad_(False)
+    rate = optimizer.param_groups[0]["lr"]
+    x_T = torch.randn(512, *SHAPE, generator=stream(5))
+    watched = {round(iterations * (k + 1) / watch) for k in range(watch)}
+    log = []
+    if watch:
+        log.append(dict(iteration=0, **measure(generated(average, x_T, ONE_STEP))))
+    seconds = 0.0
+    began = time.thread_time()
+    for losses in losses_of_stage:
+        k = losses["iteration"]
+        average_in(average, net, 1 - min(ema, (k + 1) / (k + 10)))
+        optimizer.param_groups[0]["lr"] = rate * (1 - k / iterations)
+        log.append({name: round(float(value), 4) for name, value in losses.items()})
+        if k in watched:
+            seconds += time.thread_time() - began
+            log[-1].update(measure(generated(average, x_T, ONE_STEP)))
+            began = time.thread_time()
+    return average, log, seconds + time.thread_time() - began
+
+
+# ------------------------------------------------------------------------------------ the students
+
+def train_a1(world):
+    """Squared error on the pairs: rectified flow."""
+    setting = world.setting
+    net = trainable_copy(world.teacher)
+    optimizer = optimizer_of(net, setting.lr_a1)
+    losses = reflow(net, optimizer, SCHEDULE, pair_batches(world, A1), setting.iterations_a1)
+    average, log, seconds = averaged(net, optimizer, setting.iterations_a1, losses, setting.ema)
+    return Student([Expert(average, ONE_STEP)], None, log, seconds)
+
+
+def train_adp(world, backbone=None, weights=(0.85, 0.15)):
+    """backbone: of the pixel discriminator, another than the setting's."""
+    setting = world.setting
+    torch.manual_seed(world.seed)               # of the heads
+    net = trainable_copy(world.teacher)
+    latent = latent_discriminator(world.teacher)
+    pixel = pixel_discriminator(backbone or setting.backbone)
+    optimizers = (optimizer_of(net, setting.lr_adp), optimizer_of(latent.heads, setting.lr_heads),
+                  optimizer_of(pixel.heads, setting.lr_heads))
+    losses = adp(net, latent=latent, pixel=pixel, decode=lambda x: x, optimizers=optimizers,
+                 schedule=SCHEDULE, line=SCHEDULE, batches=pair_batches(world, ADP),
+                 iterations=setting.iterations_adp, weights=weights)
+    average, log, seconds = averaged(net, optimizers[0], setting.iterations_adp, losses,
+                                     setting.ema)
+    return Student([Expert(average, ONE_STEP)], latent.heads, log, seconds)
+
+
+def train_matching(world, judge, after=None, ttur=1, watch=0):
+    """ADM or DMD. judge: "adm" or "dmd". after: ADP's Student to start from; None: the teacher."""
+    setting = world.setting
+    torch.manual_seed(world.seed + 1)
+    if after is None:
+        net = trainable_copy(world.teacher)
+        rate, iterations = setting.lr_without_adp, setting.iterations_without_adp
+    else:
+        net = trainable_copy(after.experts[0].net)
+        rate, iterations = setting.lr_adm, setting.iterations_adm
+    fake = trainable_copy(world.teacher)
+    optimizers = [optimizer_of(net, rate), optimizer_of(fake, setting.lr_fake), None]
+    discriminator = None
+    if judge == "adm":
+        discriminator = latent_discriminator(world.teacher)
+        if after is not None and setting.warm_heads:
+            discriminator = Discriminator(discriminator.taps, deepcopy(after.heads))
+        optimizers[2] = optimizer_of(discriminator.heads, setting.lr_heads)
+    losses = adm(net, Scores(fake, world.teacher, SCHEDULE), discriminator, optimizers=optimizers,
+                 student_schedule=SCHEDULE, stops=ONE_STEP, guidance=(1.0, 1.0),
+                 batches=noise_batches(world, ADM), iterations=iterations, ttur=ttur,
+                 dt=setting.dt)
+    average, log, seconds = averaged(net, optimizers[0], iterations, losses, setting.ema, watch)
+    seconds += after.seconds if after is not None else 0
+    return Student([Expert(average, ONE_STEP)], None, log, seconds)
+
+
+def train_phased(world, boundaries):
+    """DMD in four steps, one expert for each phase. boundaries: where it is cut; none: SGTS."""
+    setting = world.setting
+    phases = cut_into_phases(FOUR_STEPS, boundaries)
+    iterations = max(1, setting.iterations_phased // len(phases))
+    experts, all_logs, all_seconds = [], [], 0.0
+    for k, stops in enumerate(phases):
+        net, fake = trainable_copy(world.teacher), trainable_copy(world.teacher)
+        optimizers = (optimizer_of(net, setting.lr_phased, beta_2=0.999),
+                      optimizer_of(fake, setting.lr_fake, beta_2=0.999))
+        losses = phased_dmd([*experts, Expert(net, stops)], Scores(fake, world.teacher, SCHEDULE),
+                            optimizers=optimizers, guidance=(1.0, 1.0),
+                            batches=noise_batches(world, PHASED + k), iterations=iterations)
+        average, log, seconds = averaged(net, optimizers[0], iterations, losses, setting.ema)
+        experts.append(Expert(average, stops))
+        all_logs += log
+        all_seconds += seconds
+    return Student(experts, None, all_logs, all_seconds)
