@@ -119,7 +119,7 @@ def dmd_judge(scores, x0_hat, z_g, t, w, cond, uncond):
     """DMD's judgement of samples x0_hat [B,...] -> (dL/dx0_hat, losses). L is a mean of
     0.5 || x0_hat - sg(x0_hat - g) ||^2 with g = dmd_gradient and sg a stop-gradient."""
     schedule = scores.schedule
-    with torch.no_grad(), frozen(scores.fake):
+    with torch.no_grad(), frozen(scores.fake):      # frozen, and so by the same kernels as below
         x_t = schedule.add_noise(x0_hat, z_g, t)
         x0_fake, _ = predict(scores.fake, schedule, x_t, t, cond)
         x0_real, _ = predict(scores.real, schedule, x_t, t, cond, uncond, w)

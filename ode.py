@@ -64,11 +64,9 @@ class Schedule:
 
     def coefficients(self, t, x):
         """(alpha_t, sigma_t) in x's dtype, shaped to multiply x [B,...]."""
-        t = torch.as_tensor(t, device=self.alpha.device)
-        shape = t.shape + (1,) * (x.dim() - 1) if t.dim() else ()
-        alpha = self.alpha[t].to(x.device, x.dtype).reshape(shape)
-        sigma = self.sigma[t].to(x.device, x.dtype).reshape(shape)
-        return alpha, sigma
+        alpha, sigma = (table[t].to(x.device, x.dtype) for table in (self.alpha, self.sigma))
+        shape = alpha.shape + (1,) * (x.dim() - 1) if alpha.dim() else ()
+        return alpha.reshape(shape), sigma.reshape(shape)
 
     def add_noise(self, x_0, eps, t):
         """Eq. 1: x_t = alpha_t x_0 + sigma_t eps."""
@@ -127,14 +125,15 @@ def predict(net, schedule, x, t, cond, uncond=None, w=None):
     cond, uncond: the network's conditioning for the prompts, and for no prompt. With w, a float or
     [B], classifier-free guidance: output = uncond + w (cond - uncond), both halves in one batch.
     """
-    t = torch.as_tensor(t, device=x.device).expand(len(x))                      # [B]
+    if not torch.is_tensor(t):                          # filled there: a copy would be waited for
+        t = torch.full((len(x),), t, device=x.device)                           # [B]
     if w is None:
         return schedule.pair(x, network_output(net, schedule, x, t, cond), t)
     twice = torch.cat([x, x])                                                   # [2B,...]
     output = network_output(net, schedule, twice, torch.cat([t, t]), join_batches(uncond, cond))
     output_uncond, output_cond = output.chunk(2)                                # [B,...]
-    w = torch.as_tensor(w, dtype=output.dtype, device=x.device)
-    w = w.reshape(-1, *[1] * (x.dim() - 1))
+    if torch.is_tensor(w):
+        w = w.to(output).view(-1, *[1] * (x.dim() - 1))
     return schedule.pair(x, output_uncond + w * (output_cond - output_uncond), t)
 
 
@@ -148,7 +147,8 @@ def sample(net, schedule, x, stops, cond, uncond=None, w=None, order=1):
     past and the last has to return x0_hat itself; both are first order, which costs the solver no
     order.
     """
-    angle = torch.atan2(schedule.sigma, schedule.alpha).tolist()    # 0 when clean, pi/2 at zero SNR
+    if order == 2:
+        angle = torch.atan2(schedule.sigma, schedule.alpha).tolist()    # 0 clean, pi/2 at zero SNR
     past = None
     for t, s in zip(stops, stops[1:]):
         x0, eps = predict(net, schedule, x, t, cond, uncond, w)

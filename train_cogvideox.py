@@ -16,6 +16,7 @@
 The stages are train_sdxl.py's, without ADP, which is for images. Writes what that writes;
 samples.png is a contact sheet, and the first sampled videos are GIFs beside it.
 """
+import training.interrupt  # noqa: F401, I001  first: the libraries take seconds
 from training.errors import run_main
 from train_sdxl import main
 

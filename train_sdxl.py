@@ -14,6 +14,7 @@ or Phased DMD. For SDXL, SD3, SD3.5 and Qwen-Image; a family is a file in famili
 Writes to --out: prompts/, pairs/, checkpoints/, metrics.jsonl, losses.png, samples.png, result.json
 and export/, a pipeline that stock diffusers samples.
 """
+import training.interrupt  # noqa: F401, I001  first: the libraries take seconds
 import json
 import textwrap
 import time
@@ -28,16 +29,18 @@ from families.vision import load_vision_encoder, vision_taps
 from phased_dmd import Expert, cut_into_phases, phased_dmd
 from teachers import embedded
 from tools import dry_run
+from training import threads
 from training.batches import pair_batches, prompt_batches
-from training.checkpoints import checkpoint_to_resume, load_checkpoint, newest_checkpoint
-from training.errors import Failure, NotFinite, read_prompts, run_main
+from training.checkpoints import (
+    checkpoint_to_resume, is_after_adp, load_checkpoint, newest_checkpoint)
+from training.errors import Failure, NotFinite, first_not_finite, read_prompts, run_main
 from training.export import export, refuse_without_callback
 from training.flags import parse
-from training.folders import verify, write_folder
-from training.heads import latent_heads, pixel_heads
+from training.folders import write_folder
+from training.heads import latent_heads, load_warm_heads, pixel_heads, refuse_without_heads
 from training.loading import load_pipeline, pipeline_class
 from training.lora import Lora
-from training.networks import autocast, prepare, trainable
+from training.networks import autocast, one_by_one, prepare, trainable
 from training.optimizer import EMA, Optimizer
 from training.output import Output
 from training.pairs import collect_pairs, load_pairs
@@ -45,8 +48,9 @@ from training.pictures import curves
 from training.ranks import StopSignal, barrier, gather_lists, goodbye, start, world
 from training.sharding import on_rank_0
 from training.show import pictures
-from training.stage import Run, Stage, begin, follow
+from training.stage import Run, Stage, begin, cure_of_divergence, follow
 from training.teacher import Teacher
+from training.terminal import tell
 
 
 def run_adp(run, generator, ema, facts):
@@ -58,6 +62,10 @@ def run_adp(run, generator, ema, facts):
     autocast(vision, teacher.device, args.bf16)
     latent = Discriminator(teacher.family.taps(teacher.backbone), latent_heads(args, teacher))
     pixel = Discriminator(vision_taps(vision), pixel_heads(args, teacher, vision_taps, vision))
+    decode = teacher.decode
+    if args.grad_checkpointing:
+        decode = one_by_one(decode)
+        pixel = Discriminator(one_by_one(pixel.taps), pixel.heads)
     optimizers = (
         Optimizer("generator", generator.parameters(), args.lr_generator_adp, args.clip),
         Optimizer("latent heads", latent.heads.parameters(), args.lr_discriminator, args.clip),
@@ -66,7 +74,7 @@ def run_adp(run, generator, ema, facts):
                   dict(heads=latent.heads, pixel_heads=pixel.heads), optimizers, facts,
                   [Expert(ema.net, teacher.line.stops(1))], teacher.line)
     iteration, _ = begin(run, stage)
-    losses = adp(generator, latent, pixel, teacher.decode, optimizers, teacher.schedule,
+    losses = adp(generator, latent, pixel, decode, optimizers, teacher.schedule,
                  teacher.line, batches, args.iterations_adp, iteration, args.lambdas)
     return follow(run, stage, losses, iteration)
 
@@ -94,15 +102,19 @@ def run_adm(run, generator, ema, schedule, facts):
         discriminator = Discriminator(teacher.family.taps(teacher.backbone),
                                       latent_heads(args, teacher))
         heads = dict(heads=discriminator.heads)
+        if args.warm_heads and run.reached != "adm":
+            load_warm_heads(args, run.out, facts, discriminator.heads)
         heads_opt = Optimizer("latent heads", discriminator.heads.parameters(),
                               args.lr_discriminator, args.clip)
     optimizers = (Optimizer("generator", generator.parameters(), args.lr_generator, args.clip),
                   Optimizer("fake score", fake_score.parameters(), args.lr_fake, args.clip),
                   heads_opt)
     stops = schedule.stops(args.steps)
+    # None, and not False: checkpoints of older versions say nothing
+    facts = dict(facts, method=args.method, dt=args.dt, warm_heads=args.warm_heads or None)
     stage = Stage("adm", args.iterations_adm, ema, dict(fake_score=fake_score, **heads),
-                  tuple(filter(None, optimizers)), dict(facts, method=args.method, dt=args.dt),
-                  [Expert(ema.net, stops)], schedule)
+                  tuple(filter(None, optimizers)), facts, [Expert(ema.net, stops)], schedule,
+                  args.warm_up)
     begun = begin(run, stage)
     scores = Scores(fake_score, teacher.net, teacher.schedule)
     losses = adm(generator, scores, discriminator, optimizers, schedule, stops, args.guidance,
@@ -125,11 +137,11 @@ def run_dmdx(run):
             return goodbye(out)
         after_adp = True
     elif run.reached == "adm":          # perhaps of another --out, where ADP's checkpoint is not
-        after_adp = verify(run.checkpoint)["after_adp"]
+        after_adp = is_after_adp(run.checkpoint)
     else:
         after_adp = load_finished_adp(run, ema, facts)
     if args.stage == "adp":
-        return print("adp is done; go on with --stage adm --resume auto")
+        return tell("adp is done; go on with --stage adm --resume auto")
     schedule = teacher.line if after_adp else teacher.schedule
     if run.stages[-1] == "adm":
         if run.reached != "adm":
@@ -225,12 +237,16 @@ def distil(run, families, default):
             return goodbye(out)
     barrier()
     if args.stage == "pairs":
-        return print("pairs is done; go on with --stage adp --resume auto")
+        return tell("pairs is done; go on with --stage adp --resume auto")
     done = run_phases(run) if args.method == "phased_dmd" else run_dmdx(run)
     if done is None:
         return None
     experts, schedule = done
     samples = run.show("samples.png", experts, schedule)
+    wrong = first_not_finite(samples or {})
+    if wrong:
+        raise Failure(f"the student's {wrong} are not finite, so nothing was exported; look at its "
+                      f"losses in {out.path}/metrics.jsonl")
     table = {}
     if default and args.model is None and (teacher.fsdp or world()[0] == 0):
         table = default.report(run, experts, schedule)
@@ -257,9 +273,12 @@ def main(doc, medium, default=None):
     look_at = read_prompts(args.look_at, "--look-at") if args.look_at else []
     refuse_without_callback(args, family)
     device = start(alone=args.fsdp or args.cpu_offload)
+    threads.choose(device)
     out, stop = Output(args.out, args.resume), StopSignal()
     stages = stages_of(args, family)
     checkpoint, reached = checkpoint_to_resume(args, out, stages)
+    refuse_without_heads(args, out, stages, reached)
+    out.clean()
     if "adp" in stages and reached != "adm":
         load_vision_encoder(args.pixel_backbone)    # what is wrong with it is told before the pairs
     teacher = Teacher(args, out, prompts, look_at, device, families, path)
@@ -269,14 +288,15 @@ def main(doc, medium, default=None):
     except NotFinite as e:
         drawn = sorted(set(gather_lists(teacher.drawn)))
         lines = [f"{i + 1} ({textwrap.shorten(prompts[i], 40)})" for i in drawn]
-        raise Failure(f"{teacher.at}: {e}, or look at its prompts, by line: {', '.join(lines)}")
+        raise Failure(f"{teacher.at}: {e}; {cure_of_divergence(run)}, or look at its prompts, by "
+                      f"line: {', '.join(lines)}")
     if table is None or world()[0] != 0:
         return
     seconds = time.time() - began
     result = out.path / "result.json.tmp"
-    result.write_text(json.dumps(dict(seconds=seconds, **table), indent=1))
+    result.write_text(json.dumps(dict(seconds=seconds, **table), indent=1), encoding="utf-8")
     result.rename(out.path / "result.json")         # which says that all the rest is there
-    print(f"wrote {out.path}/export, samples.png, losses.png, result.json in {seconds:.0f} s")
+    tell(f"wrote {out.path}/export, samples.png, losses.png, result.json in {seconds:.0f} s")
 
 
 if __name__ == "__main__":

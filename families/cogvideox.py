@@ -5,9 +5,11 @@ from families.family import ATTENTION, Family, Latent, video_problems
 from training.context_parallel import context_parallel
 
 
-def encode(pipe, prompts, latent, device, **text):
-    tokens, no_tokens = pipe.encode_prompt(prompts, do_classifier_free_guidance=True,
+def encode(pipe, prompts, latent, device, empty=True, **text):
+    tokens, no_tokens = pipe.encode_prompt(prompts, do_classifier_free_guidance=empty,
                                            device=device, **text)
+    if not empty:
+        return dict(encoder_hidden_states=tokens), None
     return dict(encoder_hidden_states=tokens), dict(encoder_hidden_states=no_tokens)
 
 

@@ -44,7 +44,8 @@ class Family:
     network: str            # the pipeline's component that is distilled: "unet", "transformer"
 
     # (pipe, prompts, latent, device, **text) -> (cond, uncond): the network's keyword arguments for
-    # these prompts and for the empty one, batch first. text: max_sequence_length, if asked for
+    # these prompts and for the empty one, batch first. text: max_sequence_length, if asked for;
+    # empty=False: None may stand for the second, since it costs as much as the first
     encode: Callable
     # (pipe, net, args) -> Latent, from --height, --width, --frames or what the model was made for
     latent: Callable

@@ -13,7 +13,7 @@ from families.family import (ATTENTION, Family, Latent, decode_normalised_video,
 from training.schedules import from_diffusers
 
 
-def encode(pipe, prompts, latent, device, max_sequence_length=512):
+def encode(pipe, prompts, latent, device, empty=True, max_sequence_length=512):
     """For no prompt the model's card has a blank one. The pipeline pads to the longest prompt of a
     batch; here all are padded to one length, masked, so that any of them make a batch."""
     def embed(prompts):
@@ -24,7 +24,7 @@ def encode(pipe, prompts, latent, device, max_sequence_length=512):
         more = max_sequence_length - text.shape[1]
         return dict(encoder_hidden_states=F.pad(text, [0, 0, 0, more]),
                     encoder_hidden_states_mask=F.pad(mask.bool(), [0, more]))
-    return embed(prompts), embed([" "] * len(prompts))
+    return embed(prompts), embed([" "] * len(prompts)) if empty else None
 
 
 def token_grid(pipe, height, width):

@@ -4,11 +4,13 @@ from discriminators import Taps, to_grid
 from families.family import ATTENTION, Family, decode_image, image_latent, unshifted_sigmas
 
 
-def encode(pipe, prompts, latent, device, **text):
+def encode(pipe, prompts, latent, device, empty=True, **text):
     """Without its third text encoder the pipeline itself puts zeros in T5's place."""
     tokens, no_tokens, pooled, no_pooled = pipe.encode_prompt(
-        prompts, None, None, device=device, do_classifier_free_guidance=True, **text)
+        prompts, None, None, device=device, do_classifier_free_guidance=empty, **text)
     cond = dict(encoder_hidden_states=tokens, pooled_projections=pooled)
+    if not empty:
+        return cond, None
     uncond = dict(encoder_hidden_states=no_tokens, pooled_projections=no_pooled)
     return cond, uncond
 

@@ -5,14 +5,16 @@ from discriminators import Taps
 from families.family import (ATTENTION, Family, decode_image, first_order_unipc, image_latent)
 
 
-def encode(pipe, prompts, latent, device, **text):
+def encode(pipe, prompts, latent, device, empty=True, **text):
     """The UNet is told the picture's size beside the prompt."""
     tokens, no_tokens, pooled, no_pooled = pipe.encode_prompt(
-        prompts, device=device, do_classifier_free_guidance=True)
+        prompts, device=device, do_classifier_free_guidance=empty)
     size = torch.tensor([[latent.height, latent.width, 0, 0, latent.height, latent.width]],
                         dtype=torch.float32, device=device).expand(len(prompts), -1)
     cond = dict(encoder_hidden_states=tokens,
                 added_cond_kwargs=dict(text_embeds=pooled, time_ids=size))
+    if not empty:
+        return cond, None
     uncond = dict(encoder_hidden_states=no_tokens,
                   added_cond_kwargs=dict(text_embeds=no_pooled, time_ids=size))
     return cond, uncond

@@ -1,10 +1,13 @@
 """The pixel discriminator's backbones: the vision half of a SAM model (the paper), or a DINOv2
 (ablation A2)."""
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 
 from discriminators import Taps, to_grid
-from training.errors import Failure, none_missing
+from training.errors import Failure, first_not_finite, none_missing
+from training.folders import read_json
 
 
 def quarters(layers):
@@ -15,22 +18,24 @@ def quarters(layers):
 def vision_taps(net):
     """Taps on a vision encoder of transformers, SAM's or a DINOv2, for images [B,3,H,W] in [-1,1].
     Raises ValueError for another network."""
-    config = net.config
+    device = next(net.parameters()).device
+    mean = torch.tensor([0.485, 0.456, 0.406], device=device).view(3, 1, 1)
+    deviation = torch.tensor([0.229, 0.224, 0.225], device=device).view(3, 1, 1)
 
     def prepare(images):
         """To the encoder's own size, with ImageNet's mean and deviation."""
-        images = F.interpolate(images, size=(config.image_size, config.image_size), mode="bilinear",
-                               antialias=True, align_corners=False)
-        mean = torch.tensor([0.485, 0.456, 0.406], device=images.device).view(3, 1, 1)
-        deviation = torch.tensor([0.229, 0.224, 0.225], device=images.device).view(3, 1, 1)
+        side = net.config.image_size
+        images = F.interpolate(images, size=(side, side), mode="bilinear", antialias=True,
+                               align_corners=False)
         return ((images + 1) / 2 - mean) / deviation
 
     def sam_map(x, output, cond):
         return output.permute(0, 3, 1, 2)       # channels last
 
     def dinov2_map(x, output, cond):
-        height, width = x.shape[2] // config.patch_size, x.shape[3] // config.patch_size
-        return to_grid(output[:, 1:], height, width)        # the first token is CLS
+        patch = net.config.patch_size
+        grid = x.shape[2] // patch, x.shape[3] // patch
+        return to_grid(output[:, 1:], *grid)                # the first token is CLS
 
     kind = type(net).__name__
     if kind == "SamVisionModel":
@@ -45,8 +50,10 @@ def load_vision_encoder(path, device=None):
     Failure if it is neither a SAM nor a DINOv2, or not whole."""
     from transformers import AutoConfig, Dinov2Model, SamVisionModel
     try:
-        kind = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
-    except (OSError, ValueError, KeyError) as e:
+        if Path(path).exists():
+            read_json(Path(path) / "config.json")
+        kind = str(AutoConfig.from_pretrained(path, trust_remote_code=False).model_type)
+    except Exception as e:                                  # transformers has several of its own
         raise Failure(f"--pixel-backbone {path}: no such model, here or on the hub; give a SAM or "
                       f"DINOv2 directory or hub id") from e
     classes = {"sam": SamVisionModel, "sam_vision_model": SamVisionModel, "dinov2": Dinov2Model}
@@ -58,6 +65,9 @@ def load_vision_encoder(path, device=None):
         net, told = classes[kind].from_pretrained(path, use_safetensors=True,
                                                   output_loading_info=True)
         none_missing(told["missing_keys"])
+        wrong = first_not_finite(net.state_dict())
+        if wrong:
+            raise ValueError(f"{wrong} holds values that are not finite")
         return net.to(device, torch.float32)
     except Exception as e:                                  # transformers has several of its own
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__

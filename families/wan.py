@@ -52,9 +52,11 @@ def join(pipe):
     return ByNoise(pipe.transformer, pipe.transformer_2, boundary)
 
 
-def encode(pipe, prompts, latent, device, max_sequence_length=512):
-    tokens, no_tokens = pipe.encode_prompt(prompts, do_classifier_free_guidance=True, device=device,
-                                           max_sequence_length=max_sequence_length)
+def encode(pipe, prompts, latent, device, empty=True, max_sequence_length=512):
+    tokens, no_tokens = pipe.encode_prompt(prompts, do_classifier_free_guidance=empty,
+                                           device=device, max_sequence_length=max_sequence_length)
+    if not empty:
+        return dict(encoder_hidden_states=tokens), None
     return dict(encoder_hidden_states=tokens), dict(encoder_hidden_states=no_tokens)
 
 

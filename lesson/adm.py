@@ -1,229 +1,136 @@
-"""A teacher in the plane, distilled to one step in four ways: A1, ADP, ADP then ADM, ADP then DMD.
+"""Pages of glyphs, distilled to one step in six ways: what the papers claim, in five minutes.
 
-    python -m lesson.adm                        # eight Gaussians on a ring; about 75 s on one core
-    python -m lesson.adm --data grid            # twenty-five on a grid
-    python -m lesson.adm --dt 4 16 64           # D looks 4, 16 or 64 times below t: one is drawn
-                                                # an iteration (the paper: T/64 = 16)
+    python -m lesson.adm                        # two processes of one thread
+    python -m lesson.adm --dt 16                # D looks 16 times below t: the paper's T/64
+    python -m lesson.adm --scale 0.01           # a hundredth of all iterations: does it run?
 
-                                      tv  precision  modes  seconds
-    data                           0.034      0.989      8        0
-    teacher, 20 steps              0.062      0.980      8       13
-    A1: squared error, 1 step      0.316      0.844      8       15
-    ADP, 1 step                    0.325      0.908      8       42
-    DMDX (ADP, ADM), 1 step        0.277      0.916      8       65
-    ADP, DMD, 1 step               0.251      0.920      8       73
+TABLE
 
-tv is the total variation between histograms of samples and data, precision the share of samples
-within three standard deviations of a mode (lesson/worlds.py). Writes adm.png and result.json, which
-has the share of each mode as well.
+The world, its reader and what the columns mean stand in lesson/glyphs.py, the setting in
+lesson/students.py. Writes adm.png, pages to read with the naked eye and the shares of the glyphs on
+them, and result.json. Three seeds and error bars: `python -m lesson.tables`. A shorter first look,
+in the plane: `python -m lesson.ring`.
 """
 import argparse
 import json
-import math
+import shutil
 import time
-from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from adm import Scores, adm, adp, reflow
-from discriminators import Discriminator
-from lesson.worlds import (WORLDS, Fourier, NetTaps, closed_form_teacher, mlp_heads, share_error,
-                           shares, tv_and_precision)
-from ode import Schedule, sample
-from training.draws import Draws
+from lesson.glyphs import SCHEDULE, SHARES, measure, pages, shipped_teacher
+from lesson.rows import Job, kept_pairs, load_student, pairs_job, run_jobs, student_pages
+from lesson.students import Setting
+from training.draws import stream
 from training.pictures import pyplot
 
+ROW_OF = {"a1": "A1", "adp": "A5", "adm": "B1", "dmd": "B2", "adp_dmd": "B3", "dmdx": "B4"}
 LABELS = {
-    "data": "data",
-    "teacher": "teacher, 20 steps",
-    "a1": "A1: squared error, 1 step",
-    "adp": "ADP, 1 step",
-    "dmdx": "DMDX (ADP, ADM), 1 step",
-    "dmd": "ADP, DMD, 1 step",
+    "data": "true pages",
+    "teacher": "teacher, 10 steps",
+    "a1": "A1: squared error",
+    "adp": "ADP",
+    "adm": "ADM from the teacher",
+    "dmd": "DMD from the teacher",
+    "adp_dmd": "ADP, then DMD",
+    "dmdx": "DMDX: ADP, then ADM",
 }
-LINE = Schedule.straight()                      # the teacher's schedule is the straight line, too
-STOPS = LINE.stops(1)                           # of every student
-
-
-# ------------------------------------------------------------------------------- the four students
-
-
-def optimizer_of(net, lr):
-    return torch.optim.AdamW(net.parameters(), lr, betas=(0.0, 0.99), weight_decay=0.0, fused=True)
-
-
-def trainable_copy(net):
-    return deepcopy(net).requires_grad_(True)
-
-
-def averaged(net, optimizer, iterations, losses_of_stage):
-    """Run a stage to its end -> the EMA of net's weights. A network with an adversary never
-    settles: so its rate falls to zero, and its weights are averaged."""
-    average = deepcopy(net).requires_grad_(False)
-    rate = optimizer.param_groups[0]["lr"]
-    for losses in losses_of_stage:
-        torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 0.01)
-        optimizer.param_groups[0]["lr"] = rate * (1 - losses["iteration"] / iterations)
-    return average
-
-
-def teacher_pairs(teacher, draws, count=20_000):
-    """The teacher's ODE pairs, as the `batches` of adm.adp."""
-    x_T = torch.randn(count, 2)
-    with torch.no_grad():
-        x_0 = sample(teacher, LINE, x_T, LINE.stops(20), {}, order=2)
-
-    def batches(iteration):
-        noise = draws(iteration)
-        pick = (noise.uniform() * count).long()
-        return [(noise, x_0[pick], x_T[pick], {})]
-    return batches
-
-
-def train_a1(teacher, pairs, iterations):
-    student = trainable_copy(teacher)
-    optimizer = optimizer_of(student, 1e-3)
-    return averaged(student, optimizer, iterations,
-                    reflow(student, optimizer, LINE, pairs, iterations))
-
-
-def train_adp(teacher, pairs, iterations):
-    student = trainable_copy(teacher)
-    latent = Discriminator(NetTaps(teacher), mlp_heads(3, 256))
-    pixel = Discriminator(Fourier(), mlp_heads(1, 128))
-    optimizers = (optimizer_of(student, 3e-4), optimizer_of(latent.heads, 1e-3),
-                  optimizer_of(pixel.heads, 1e-3))
-    return averaged(student, optimizers[0], iterations, adp(
-        student, latent=latent, pixel=pixel, decode=lambda x: x, optimizers=optimizers,
-        schedule=LINE, line=LINE, batches=pairs, iterations=iterations))
-
-
-def train_adm(pretrained, teacher, draws, iterations, dt):
-    """ADM from a student that ADP has trained, with a new fake score and new heads."""
-    student = trainable_copy(pretrained)
-    fake = trainable_copy(teacher)
-    discriminator = Discriminator(NetTaps(teacher), mlp_heads(3, 256))
-    optimizers = (optimizer_of(student, 3e-5), optimizer_of(fake, 1e-3),
-                  optimizer_of(discriminator.heads, 3e-3))
-    return averaged(student, optimizers[0], iterations, adm(
-        student, Scores(fake, teacher, LINE), discriminator, optimizers=optimizers,
-        student_schedule=LINE, stops=STOPS, guidance=(1.0, 1.0),
-        batches=lambda i: [(draws(i), {}, {})], iterations=iterations, dt=dt))
-
-
-def train_dmd(pretrained, teacher, draws, iterations):
-    """DMD from the same student: ADM without its discriminator."""
-    student = trainable_copy(pretrained)
-    fake = trainable_copy(teacher)
-    optimizers = (optimizer_of(student, 1e-4), optimizer_of(fake, 1e-3), None)
-    return averaged(student, optimizers[0], iterations, adm(
-        student, Scores(fake, teacher, LINE), discriminator=None, optimizers=optimizers,
-        student_schedule=LINE, stops=STOPS, guidance=(1.0, 1.0),
-        batches=lambda i: [(draws(i), {}, {})], iterations=iterations))
-
-
-def teacher_and_students(data, seed, iterations, batch=256, dt=None):
-    """Train a teacher of `data`, then its four one-step students. Yields (name, network, stops) of
-    each as soon as it is trained. iterations: of ADP; the teacher gets five thirds as many, the
-    others a third. dt: see adm.adm."""
-    def draws_of(stage):
-        return lambda i: Draws((seed, stage), i, [0], (2,), block=batch)
-
-    third = math.ceil(iterations / 3)
-    teacher = closed_form_teacher(data, LINE, 5 * third, draws_of(stage=0))
-    yield "teacher", teacher, LINE.stops(20)
-    pairs = teacher_pairs(teacher, draws_of(stage=1))
-    yield "a1", train_a1(teacher, pairs, third), STOPS
-    pretrained = train_adp(teacher, pairs, iterations)
-    yield "adp", pretrained, STOPS
-    yield "dmdx", train_adm(pretrained, teacher, draws_of(stage=2), third, dt), STOPS
-    yield "dmd", train_dmd(pretrained, teacher, draws_of(stage=2), third), STOPS
-
-
-# ------------------------------------------------------------------------------- table and picture
+COLUMNS = ("cell", "page", "tv", "diversity", "seconds")
 
 
 def parse():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", choices=WORLDS, default="ring", help="a world of lesson/worlds.py")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", default="out/adm", help="folder for the picture and result.json")
-    p.add_argument("--iterations", type=int, default=1500,
-                   help="generator steps of ADP; A1, ADM and DMD get a third as many, the teacher "
-                        "five thirds")
-    p.add_argument("--batch-size", type=int, default=256, help="samples a step")
-    p.add_argument("--dt", type=int, nargs="+", metavar="TIMES",
-                   help="how far below t ADM's discriminator looks, of T = 1000 times; of several, "
-                        "one is drawn an iteration (default: T/64, the paper's)")
-    p.add_argument("--samples", type=int, default=50_000,
-                   help="drawn of each for table and picture")
+    p.add_argument("--out", type=Path, default=Path("out/adm"),
+                   help="folder for the picture, result.json and the students")
+    p.add_argument("--scale", type=float, default=1.0,
+                   help="all iterations and pairs times this, for a quick look")
+    p.add_argument("--dt", type=int, default=Setting().dt, metavar="TIMES",
+                   help="how far below t ADM's discriminator looks, of T = 1000 times")
+    p.add_argument("--processes", type=int, default=2, help="students at a time, a thread each")
     args = p.parse_args()
-    if args.batch_size < 1:
-        p.error(f"--batch-size {args.batch_size}: must be above 0")
-    if min(args.iterations, args.samples) < 1:
-        p.error("--iterations and --samples must be above 0")
-    if args.dt is not None:
-        if min(args.dt) < 1 or max(args.dt) > LINE.T:
-            p.error(f"--dt {args.dt}: must be 1 to {LINE.T}")
-        if len(args.dt) == 1:
-            args.dt = args.dt[0]
+    if args.seed < 0:
+        p.error(f"--seed {args.seed}: must be 0 or above")
+    if not 1 <= args.dt <= SCHEDULE.T:
+        p.error(f"--dt {args.dt}: must be 1 to {SCHEDULE.T}")
+    if args.scale <= 0 or args.processes < 1:
+        p.error("--scale and --processes must be above 0")
     return args
 
 
-def measured(x, data, reference):
-    """What result.json has of samples x [N,2]."""
-    return dict(tv_and_precision(x, data, reference),
-                shares=shares(x, data).tolist(), share_error=share_error(x, data))
+def train_all(args, setting):
+    """-> {name: Student}"""
+    folder = args.out / f"seed{args.seed}"
+    shutil.rmtree(folder, ignore_errors=True)   # a demo shows what its code does now
+    # the first two need no pairs: they are under way while the pairs are collected
+    jobs = [pairs_job(args.seed, setting)]
+    for row in ("B1", "A5", "B2", "A1", "B4", "B3"):
+        jobs.append(Job(row, args.seed, setting))
+    run_jobs(args.out, jobs, args.processes)
+    teacher = shipped_teacher()
+    return {name: load_student(folder / row, teacher) for name, row in ROW_OF.items()}
 
 
-def print_row(name, figures, began):
-    print(f"{LABELS[name]:28s}{figures['tv']:8.3f}{figures['precision']:11.3f}"
-          f"{figures['modes']:7d}{time.time() - began:9.0f}", flush=True)
+def print_table(result):
+    print(f"\n{'one step':28s}" + "".join(f"{column:>11s}" for column in COLUMNS))
+    for name, label in LABELS.items():
+        if name in result:
+            figures = [f"{result[name].get(column, 0):11.3f}" for column in COLUMNS[:-1]]
+            print(f"{label:28s}" + "".join(figures) + f"{result[name]['seconds']:11.0f}")
 
 
-def save_picture(path, samples, result):
-    """samples: {name: points [N,2]}, a panel each."""
-    figure, axes = pyplot().subplots(1, len(samples), figsize=(16, 3.1), layout="constrained")
-    for (name, x), ax in zip(samples.items(), axes):
-        ax.plot(*x[:6000].T, ",", color="k" if name == "data" else "C0")
-        ax.set(xlim=(-3, 3), ylim=(-3, 3), xticks=[], yticks=[], aspect="equal",
-               title=f"{LABELS[name]}\ntv {result[name]['tv']:.2f}")
-        ax.title.set_fontsize(9)
+def sheet(x, rows=2, columns=3):
+    """Pages [n,1,12,12] -> one picture of rows x columns of them in [0,1], with a gap between."""
+    x = (x[:rows * columns, 0].clamp(-1, 1) + 1) / 2                            # [6,12,12]
+    x = torch.cat([x, x.new_full((rows * columns - len(x), *x.shape[1:]), 0.5)])
+    framed = torch.nn.functional.pad(x, (1, 1, 1, 1), value=0.5)                # [6,14,14]
+    side = framed.shape[-1]
+    return framed.view(rows, columns, side, side).permute(0, 2, 1, 3).reshape(rows * side, -1)
+
+
+def save_picture(path, pages_of, result):
+    """Above six pages of each, below the shares of the glyphs on them beside the true ones."""
+    figure, (above, below) = pyplot().subplots(
+        2, len(pages_of), figsize=(2.6 * len(pages_of), 4.6), layout="constrained",
+        height_ratios=(1.25, 1), sharey="row")
+    for (name, x), picture, histogram in zip(pages_of.items(), above, below):
+        picture.imshow(sheet(x).numpy(), cmap="gray", vmin=0, vmax=1)
+        picture.set(xticks=[], yticks=[])
+        picture.set_title(f"{LABELS[name]}\nlegible pages {result[name]['page']:.2f}", fontsize=9)
+        histogram.bar(range(len(SHARES)), result[name]["shares"], color="C0")
+        histogram.step([k - 0.5 for k in range(len(SHARES) + 1)], [*SHARES, SHARES[-1]], "k",
+                       where="post", lw=1)
+        histogram.set(xticks=range(len(SHARES)), xlabel="glyph")
+        histogram.set_title(f"tv of shares {result[name]['tv']:.2f}", fontsize=9)
+    below[0].set_ylabel("share (line: true)")
     figure.savefig(path, dpi=110)
 
 
 def main():
     args = parse()
-    torch.set_num_threads(1)                    # matrices this small are slower on two
+    torch.set_num_threads(1)
     began = time.time()
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    setting = replace(Setting().scaled(args.scale), dt=args.dt)
+    students = train_all(args, setting)
 
-    data = WORLDS[args.data]()
-    reference = data.sample(args.samples, torch.Generator().manual_seed(args.seed))
-    again = data.sample(args.samples, torch.Generator().manual_seed(args.seed + 1))
-    print(f"{'':28s}{'tv':>8s}{'precision':>11s}{'modes':>7s}{'seconds':>9s}")
-    result = {"data": measured(again, data, reference)}
-    print_row("data", result["data"], began)
-
-    samples = {"data": reference}
-    torch.manual_seed(args.seed)
-    z = torch.randn(args.samples, 2)            # all start from the same noise
-    for name, net, stops in teacher_and_students(data, args.seed, args.iterations,
-                                                 args.batch_size, args.dt):
-        with torch.no_grad():
-            samples[name] = sample(net, LINE, z, stops, {}, order=2)    # one step is first order
-        result[name] = measured(samples[name], data, reference)
-        print_row(name, result[name], began)
-
-    save_picture(out / "adm.png", samples, result)
-    del result["data"]
-    facts = dict(modes=len(data.means), weights=data.weights.tolist(),
-                 seconds=time.time() - began, **result)
-    (out / "result.json").write_text(json.dumps(facts, indent=1))
-    print(f"wrote {out}/adm.png and {out}/result.json")
+    pages_of = {"data": pages(setting.count, stream(args.seed)),
+                "teacher": kept_pairs(args.out, args.seed)[1]}
+    for name, student in students.items():
+        pages_of[name] = student_pages(student, setting.count)
+    result = {}
+    for name, x in pages_of.items():
+        result[name] = dict(measure(x), seconds=0.0)
+        if name in students:
+            result[name]["seconds"] = students[name].seconds
+    print_table(result)
+    save_picture(args.out / "adm.png", pages_of, result)
+    facts = dict(seconds=time.time() - began, true_shares=SHARES.tolist(), **result)
+    (args.out / "result.json").write_text(json.dumps(facts, indent=1))
+    print(f"wrote {args.out}/adm.png and {args.out}/result.json ({facts['seconds']:.0f} s)")
 
 
 if __name__ == "__main__":

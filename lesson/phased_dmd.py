@@ -135,7 +135,7 @@ STOPS = RING_SCHEDULE.stops(4)
 
 
 def train_expert(earlier, teacher, stops, draws, iterations, lr):
-    """One phase -> the Expert with the EMA of its weights, as in lesson/adm.py. earlier: the
+    """One phase -> the Expert with the EMA of its weights, as in lesson/ring.py. earlier: the
     experts of the phases before it."""
     net = deepcopy(teacher).requires_grad_(True)
     fake = deepcopy(teacher).requires_grad_(True)

@@ -1,8 +1,8 @@
 """A teacher in the plane, distilled to one step in four ways: A1, ADP, ADP then ADM, ADP then DMD.
 
-    python -m lesson.adm                        # eight Gaussians on a ring; about 75 s on one core
-    python -m lesson.adm --data grid            # twenty-five on a grid
-    python -m lesson.adm --dt 4 16 64           # D looks 4, 16 or 64 times below t: one is drawn
+    python -m lesson.ring                       # eight Gaussians on a ring; about 75 s on one core
+    python -m lesson.ring --data grid           # twenty-five on a grid
+    python -m lesson.ring --dt 4 16 64          # D looks 4, 16 or 64 times below t: one is drawn
                                                 # an iteration (the paper: T/64 = 16)
 
                                       tv  precision  modes  seconds
@@ -14,8 +14,8 @@
     ADP, DMD, 1 step               0.251      0.920      8       73
 
 tv is the total variation between histograms of samples and data, precision the share of samples
-within three standard deviations of a mode (lesson/worlds.py). Writes adm.png and result.json, which
-has the share of each mode as well.
+within three standard deviations of a mode (lesson/worlds.py). Writes ring.png and result.json,
+which has the share of each mode as well.
 """
 import argparse
 import json
@@ -63,7 +63,8 @@ def averaged(net, optimizer, iterations, losses_of_stage):
     average = deepcopy(net).requires_grad_(False)
     rate = optimizer.param_groups[0]["lr"]
     for losses in losses_of_stage:
-        torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 0.01)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 0.01)
         optimizer.param_groups[0]["lr"] = rate * (1 - losses["iteration"] / iterations)
     return average
 
@@ -149,7 +150,7 @@ def parse():
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", choices=WORLDS, default="ring", help="a world of lesson/worlds.py")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", default="out/adm", help="folder for the picture and result.json")
+    p.add_argument("--out", default="out/ring", help="folder for the picture and result.json")
     p.add_argument("--iterations", type=int, default=1500,
                    help="generator steps of ADP; A1, ADM and DMD get a third as many, the teacher "
                         "five thirds")
@@ -218,12 +219,12 @@ def main():
         result[name] = measured(samples[name], data, reference)
         print_row(name, result[name], began)
 
-    save_picture(out / "adm.png", samples, result)
+    save_picture(out / "ring.png", samples, result)
     del result["data"]
     facts = dict(modes=len(data.means), weights=data.weights.tolist(),
                  seconds=time.time() - began, **result)
     (out / "result.json").write_text(json.dumps(facts, indent=1))
-    print(f"wrote {out}/adm.png and {out}/result.json")
+    print(f"wrote {out}/ring.png and {out}/result.json")
 
 
 if __name__ == "__main__":

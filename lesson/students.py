@@ -1,4 +1,4 @@
-"""The one-step students of the pages of glyphs, and Phased DMD in four: how each is trained.
+"""The one-step students of the pages of glyphs, and the four-step ones: how each is trained.
 
 lesson/adm.py shows them, lesson/tables.py measures them over seeds, lesson/dt.py and
 lesson/collapse.py change one thing at a time. All share one Setting. The loops are those that train
@@ -21,18 +21,20 @@ from training.draws import Draws, stream
 ONE_STEP = SCHEDULE.stops(1)
 FOUR_STEPS = SCHEDULE.stops(4)
 A1, ADP, ADM, PHASED = range(4)                 # stages: each has random numbers of its own
+WATCHED = 6                                     # how often ADM and DMD are measured on their way
 
 
 @dataclass(frozen=True)
 class Setting:
     """What all students share. Chosen on seeds 10 and 11, reported on 0, 1, 2."""
-    pairs: int = 4096           # of the teacher's ODE
+    count: int = 2048           # pages that are read of each student
+    pairs: int = 2048           # of the teacher's ODE
     pair_steps: int = 10
-    batch: int = 32
+    batch: int = 16
     iterations_a1: int = 1200
-    iterations_adp: int = 800
+    iterations_adp: int = 1200
     iterations_adm: int = 300           # after ADP: of ADM and of DMD
-    iterations_without_adp: int = 400   # from the teacher: of ADM and of DMD
+    iterations_without_adp: int = 300   # from the teacher: of ADM and of DMD
     iterations_phased: int = 60         # of both phases together, and of SGTS
     lr_a1: float = 1e-3
     lr_adp: float = 1e-3
@@ -40,19 +42,21 @@ class Setting:
     lr_without_adp: float = 3e-4
     lr_phased: float = 3e-4
     lr_fake: float = 5e-4
-    lr_heads: float = 1e-3
+    lr_heads: float = 1e-3      # of ADP's discriminators
+    critic_ratio: float = 3.0   # rate of ADM's heads, in the generator's
     dt: int = round(SCHEDULE.T / 6)
     warm_heads: bool = False    # ADM after ADP starts from the heads of ADP's D_1
-    backbone: str = "pixels"    # of the pixel discriminator
+    backbone: str = "reader"    # of the pixel discriminator
     ema: float = 0.98
 
     def scaled(self, factor):
-        """With all iterations and pairs times `factor`, for quick tests."""
+        """With all iterations and counts times `factor`, for quick tests, and a batch of no more
+        than its pairs."""
         changed = {}
         for field in fields(self):
-            if field.name.startswith("iterations") or field.name == "pairs":
-                changed[field.name] = max(1, round(getattr(self, field.name) * factor))
-        return replace(self, **changed)
+            if field.name in ("pairs", "count") or field.name.startswith("iterations"):
+                changed[field.name] = max(2, round(getattr(self, field.name) * factor))
+        return replace(self, batch=min(self.batch, changed["pairs"]), **changed)
 
 
 class World(NamedTuple):
@@ -114,16 +118,17 @@ def average_in(average, net, weight):
     torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), weight)
 
 
-def averaged(net, optimizer, iterations, losses_of_stage, ema, watch=0):
+def averaged(net, optimizer, iterations, losses_of_stage, ema, watch=0, count=256):
     """Run a stage to its end -> (the EMA of net's weights, log, seconds). The rate falls to zero
     and the weights are averaged: a network with an adversary never settles. The average is shorter
     at first, so that it forgets where the student started.
 
-    watch: how often in all the average is measured on the way, on 512 pages.
+    watch: how often in all the average is measured on the way.
+    count: pages that are read each time.
     """
     average = deepcopy(net).requires_grad_(False)
     rate = optimizer.param_groups[0]["lr"]
-    x_T = torch.randn(512, *SHAPE, generator=stream(5))
+    x_T = torch.randn(count, *SHAPE, generator=stream(5))
     watched = {round(iterations * (k + 1) / watch) for k in range(watch)}
     log = []
     if watch:
@@ -135,6 +140,7 @@ def averaged(net, optimizer, iterations, losses_of_stage, ema, watch=0):
         average_in(average, net, 1 - min(ema, (k + 1) / (k + 10)))
         optimizer.param_groups[0]["lr"] = rate * (1 - k / iterations)
         log.append({name: round(float(value), 4) for name, value in losses.items()})
+        log[-1]["iteration"] = k
         if k in watched:
             seconds += time.thread_time() - began
             log[-1].update(measure(generated(average, x_T, ONE_STEP)))
@@ -171,7 +177,7 @@ def train_adp(world, backbone=None, weights=(0.85, 0.15)):
     return Student([Expert(average, ONE_STEP)], latent.heads, log, seconds)
 
 
-def train_matching(world, judge, after=None, ttur=1, watch=0):
+def train_matching(world, judge, after=None, ttur=1, watch=WATCHED):
     """ADM or DMD. judge: "adm" or "dmd". after: ADP's Student to start from; None: the teacher."""
     setting = world.setting
     torch.manual_seed(world.seed + 1)
@@ -188,12 +194,13 @@ def train_matching(world, judge, after=None, ttur=1, watch=0):
         discriminator = latent_discriminator(world.teacher)
         if after is not None and setting.warm_heads:
             discriminator = Discriminator(discriminator.taps, deepcopy(after.heads))
-        optimizers[2] = optimizer_of(discriminator.heads, setting.lr_heads)
+        optimizers[2] = optimizer_of(discriminator.heads, setting.critic_ratio * rate)
     losses = adm(net, Scores(fake, world.teacher, SCHEDULE), discriminator, optimizers=optimizers,
                  student_schedule=SCHEDULE, stops=ONE_STEP, guidance=(1.0, 1.0),
                  batches=noise_batches(world, ADM), iterations=iterations, ttur=ttur,
                  dt=setting.dt)
-    average, log, seconds = averaged(net, optimizers[0], iterations, losses, setting.ema, watch)
+    average, log, seconds = averaged(net, optimizers[0], iterations, losses, setting.ema, watch,
+                                     count=min(256, setting.count))
     seconds += after.seconds if after is not None else 0
     return Student([Expert(average, ONE_STEP)], None, log, seconds)
 

@@ -3,7 +3,7 @@ closed form, the small networks that learn them, and what is measured there.
 
 A world of your own is a function here that returns a `Mixture`, and a line in WORLDS:
 
-    python -m lesson.adm --data ring
+    python -m lesson.ring --data ring
 
 The networks are small, but called as diffusers calls its own. So the loops that train them are the
 ones that train SDXL.

@@ -96,8 +96,8 @@ def main():
     pipe = build()
     train(pipe, index, images, args.iterations)
     pipe.save_pretrained(out)
-    (out / "README.md").write_text(CARD)                # for --mark
-    (out / "captions.txt").write_text("\n".join(CAPTIONS))
+    (out / "README.md").write_text(CARD, encoding="utf-8")   # for --mark
+    (out / "captions.txt").write_text("\n".join(CAPTIONS), encoding="utf-8")
     print(f"saved {out} after {time.time() - began:.0f} s")
 
 

@@ -225,7 +225,8 @@ def shipped_teacher():
 def mark_student(folder, samples, seed, out):
     pipe, call = load_student(folder, dtype=torch.float32)
     right, _ = mark(pipe, samples, seed=seed, **call)
-    (out / "result.json").write_text(json.dumps(dict(accuracy=right, samples=samples)))
+    result = json.dumps(dict(accuracy=right, samples=samples))
+    (out / "result.json").write_text(result, encoding="utf-8")
     print(f"{folder}: caption accuracy {right:.3f} on {samples} images")
 
 
@@ -242,7 +243,7 @@ def mark_teacher(out):
               f"coverage TV between halves {tv:.3f}")
         shown[f"{steps} steps"] = images[:72:9]
     grid(out / "shapes.png", shown, CAPTIONS[::9])
-    (out / "result.json").write_text(json.dumps(result, indent=1))
+    (out / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     print(f"wrote {out}/shapes.png and {out}/result.json in {time.time() - began:.0f} s")
 
 

@@ -1,5 +1,6 @@
 """The small random SDXL pipeline, and how train_sdxl.py is run on it, for the tests that share
 them."""
+import shutil
 import signal
 import time
 
@@ -57,6 +58,13 @@ def stop_when(small, out, checkpoint, *flags):
     succeeded(run.wait())
     assert not (out / "result.json").exists(), "the run was over before the signal came"
     assert "--resume auto" in run.stdout
+
+
+def part_of(reference, out, *checkpoints):
+    """What a run had on the disk when it had come to these checkpoints."""
+    for name in ("prompts", *(f"checkpoints/{c}" for c in checkpoints)):
+        shutil.copytree(reference / name, out / name)
+    return out
 
 
 def weights(out, stage="adm", iteration=4):

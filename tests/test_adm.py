@@ -213,7 +213,7 @@ def test_a_guided_student_is_one_with_guidance_inside_of_it():
         generator, scores, D = conditional(line)
         for _ in adm(student_of(generator), scores, D,
                      optimizers=sgd(generator, scores.fake, D.heads, lr=0.3),
-                     student_schedule=line, stops=line.stops(2), guidance=GUIDANCE,
+                     student_schedule=line, stops=line.stops(3), guidance=GUIDANCE,
                      batches=prompts, iterations=3, student_w=student_w):
             pass
         trained.append((generator, scores.fake, D.heads))
@@ -310,6 +310,26 @@ def test_an_iteration_runs_these_passes_and_no_others(method, steps):
     else:
         passes += [("f", BATCH, False, False), ("F", 2 * BATCH, False, False)]
     assert recorded_iteration(method, steps) == passes
+
+
+def test_the_student_stops_where_the_paper_says():
+    """All its steps for the fake score (line 9); then from t_N to t_n without a gradient (16), and
+    from there one jump (17)."""
+    schedule = Schedule.straight(100)
+    generator, scores, D = unconditional(schedule)
+    told, every_n = [], set()
+    generator.register_forward_pre_hook(
+        lambda net, args, kwargs: told.append(int(kwargs["timestep"][0])), with_kwargs=True)
+    stops = [99, 75, 50, 25]                            # at T = 100 the line tells 99
+    for losses in adm(generator, scores, D,
+                      optimizers=sgd(generator, scores.fake, D.heads, lr=0.0),
+                      student_schedule=schedule, stops=schedule.stops(4), guidance=(1.0, 3.0),
+                      batches=no_prompts, iterations=12):
+        n = draws_of(losses["iteration"]).shared_integer(1, 4)
+        assert told == stops + stops[:4 - n] + [stops[4 - n]]
+        told.clear()
+        every_n.add(n)
+    assert every_n == {1, 2, 3, 4}
 
 
 def test_a_fake_score_that_runs_again_in_the_backward_pass_is_frozen_there_too():
@@ -473,10 +493,10 @@ def test_the_adversarial_loss_is_a_pair_of_functions(name):
     schedule = Schedule.straight(100)
     generator, scores, D = unconditional(schedule)
     spies = Spy(generator), Spy(D.heads)
-    losses = next(adm(generator, scores, D, optimizers=(spies[0], *sgd(scores.fake, lr=0.0),
-                                                        spies[1]),
-                      student_schedule=schedule, stops=[100, 0], guidance=(1.0, 1.0),
-                      batches=no_prompts, iterations=1, loss=loss))
+    optimizers = (spies[0], *sgd(scores.fake, lr=0.0), spies[1])
+    losses = next(adm(generator, scores, D, optimizers=optimizers, student_schedule=schedule,
+                      stops=[100, 0], guidance=(1.0, 1.0), batches=no_prompts, iterations=1,
+                      loss=loss))
     expected = literal_gradients(generator, scores, D, schedule, draws_of(1), generator_loss,
                                  discriminator_loss)
     for spy, gradients in zip(spies, expected):

@@ -1,6 +1,8 @@
 """An iteration of ADM, timed beside the least it could cost and beside Algorithm 1 as printed.
 
     python -m tools.bench                       # small networks of each family's structure, minutes
+    python -m tools.bench --full                # on a GPU: all of bench_rows.py, ten minutes
+    python -m tools.bench --pretend             # the same rows, small, without a GPU, to try them
     python -m tools.bench --full --models SDXL --bf16 --grad-checkpointing
                                                 # the released sizes, random weights, on a GPU
     python -m tools.bench --full --models SDXL --bf16 --grad-checkpointing --cpu-offload --stage adp
@@ -16,10 +18,14 @@ import json
 import multiprocessing
 import resource
 import statistics
+import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
+if "--pretend" in sys.argv:
+    import tools.guard  # noqa: F401
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,12 +34,14 @@ from discriminators import Discriminator
 from families.family import of_medium
 from families.vision import vision_taps
 from ode import Schedule
+from tools import bench_rows
 from tools.dry_run import blank_prompt, passes
 from tools.released import released
 from training.draws import Draws
 from training.errors import run_main, usage
 from training.heads import latent_heads, pixel_heads
-from training.networks import autocast, place, recompute_activations, trainable
+from training.networks import (
+    autocast, decode_in_bf16, one_by_one, place, recompute_activations, trainable)
 from training.optimizer import Optimizer
 from training.ranks import quiet, start
 from training.sharding import fsdp_arguments
@@ -84,7 +92,7 @@ class RandomTeacher:
             self.shape = SMALL[name].shape
             self.tokens = TEXT_TOKENS
         torch.manual_seed(0)
-        with torch.device("cpu" if fsdp else device):
+        with torch.device("cpu" if fsdp and not args.pretend else device):
             net = type(model.net).from_config(config)
         net.to(torch.bfloat16 if args.bf16 else torch.float32).requires_grad_(False).eval()
         place(args, net, fsdp, device)
@@ -157,10 +165,9 @@ def adp_loop(args, teacher, generator, latent, optimizers, schedule):
     with device:
         vae = random_vae(args.full)
         vision = random_sam(args.full)
-    vae.requires_grad_(False).to(torch.bfloat16 if args.bf16 else torch.float32)
-    if args.grad_checkpointing:
-        recompute_activations(vae)
-    autocast(vae, device, args.bf16, "decode")
+    vae.requires_grad_(False)
+    if args.bf16:
+        decode_in_bf16(vae)
     autocast(vision, device, args.bf16)
     pixel = Discriminator(vision_taps(vision), pixel_heads(args, teacher, vision_taps, vision))
     pixel_opt = Optimizer("pixel heads", pixel.heads.parameters(), 1e-6, 1.0)
@@ -171,6 +178,11 @@ def adp_loop(args, teacher, generator, latent, optimizers, schedule):
 
     def decode(x):
         return vae.decode(x / vae.config.scaling_factor, return_dict=False)[0].float()
+
+    if args.grad_checkpointing:
+        recompute_activations(vae)
+        decode = one_by_one(decode)
+        pixel = Discriminator(one_by_one(pixel.taps), pixel.heads)
 
     def batches(iteration):
         draws = Draws((0, 1), iteration, range(n), teacher.shape, device)
@@ -248,8 +260,12 @@ def seconds(function, device):
     return time.perf_counter() - began
 
 
-def peak_bytes(function, device):
-    """Of the device, or on a CPU of the process so far."""
+def peak_bytes(function, device, watch=None):
+    """Of the device, or on a CPU of the process so far. watch: the pretended device's."""
+    if watch is not None:
+        watch.reset()
+        function()
+        return watch.peak
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     function()
@@ -258,17 +274,17 @@ def peak_bytes(function, device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def medians(timed, repeat, device):
-    """{name of a function: seconds, the median of so many rounds}. The round before them warms
+def medians(timed, repeat, device, warm_up=1):
+    """{name of a function: seconds, the median of so many rounds}. The rounds before them warm
     up."""
     functions = timed.whole | timed.alone
     times = {name: [] for name in functions}
-    for number in range(repeat + 1):
+    for number in range(warm_up + repeat):
         for name, function in functions.items():
             for net in timed.nets:
                 net.zero_grad()
             spent = seconds(function, device)
-            if number > 0:
+            if number >= warm_up:
                 times[name].append(spent)
     return {name: statistics.median(values) for name, values in times.items()}
 
@@ -286,19 +302,49 @@ def matmul_flop_per_second(device):
     return 20 * 2 * 8192**3 / spent
 
 
+def kernel_share(function, device):
+    """Seconds in which kernels ran, over the seconds that an iteration took: below 1, the card
+    waited for the host."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        spent = seconds(function, device)
+    return sum(e.self_device_time_total for e in profile.key_averages()) / 1e6 / spent
+
+
+def copy_rates(device):
+    """Bytes a second from pinned memory to the device and back."""
+    host = torch.empty(2**30, dtype=torch.uint8).pin_memory()
+    there = host.to(device)
+    return dict(bytes_up=2**30 / seconds(lambda: there.copy_(host, non_blocking=True), device),
+                bytes_down=2**30 / seconds(lambda: host.copy_(there, non_blocking=True), device))
+
+
 def measure(name, args):
-    """One family, in a process of its own -> its figures."""
+    """One family, in a process of its own -> its figures. --pretend: nothing is timed that means
+    anything, but all of it is run."""
+    if not args.pretend:
+        return measure_on_device(name, args)
+    from tools import pretend
+    if args.cpu_offload:
+        pretend.process_group()
+    with pretend.pretended() as watch:
+        return measure_on_device(name, args, watch)
+
+
+def measure_on_device(name, args, watch=None):
     quiet()
     device = start(alone=args.cpu_offload)
     fsdp = fsdp_arguments(False, args.cpu_offload, args.bf16, device)
     torch.manual_seed(0)
     timed = what_is_timed(args, RandomTeacher(name, args, device, fsdp))
     lean_iteration = timed.whole["lean"]
-    with FlopCounterMode(display=False) as counter:             # also warms up
+    counter = nullcontext()
+    if watch is None:
+        counter = FlopCounterMode(display=False)
+    with counter:                                               # also warms up
         lean_iteration()
-    flop = counter.get_total_flops()
-    peak = peak_bytes(lean_iteration, device)
-    middle = medians(timed, args.repeat, device)
+    peak = peak_bytes(lean_iteration, device, watch)
+    flop = watch.flop if watch else counter.get_total_flops()
+    middle = medians(timed, args.repeat, device, warm_up=0 if watch else 1)
     lean = middle["lean"]
     result = dict(lean=lean, samples_per_second=args.batch_size / lean, peak_bytes=peak, flop=flop,
                   flop_per_second=flop / lean)
@@ -309,6 +355,8 @@ def measure(name, args):
                       literal_over_lean=middle["literal"] / lean, passes=alone)
     if device.type == "cuda":
         fastest = matmul_flop_per_second(device)
+        if watch is None:
+            result.update(copy_rates(device), kernel_share=kernel_share(lean_iteration, device))
         result.update(matmul_flop_per_second=fastest,
                       share_of_matmul=result["flop_per_second"] / fastest,
                       device=torch.cuda.get_device_name())
@@ -349,8 +397,11 @@ def parse():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--models", nargs="+", choices=SMALL,
-                   default=["SDXL", "SD3-Medium", "CogVideoX-2b"])
-    p.add_argument("--full", action="store_true", help="the released sizes")
+                   help="(None: SDXL, SD3-Medium and CogVideoX-2b)")
+    p.add_argument("--full", action="store_true",
+                   help="the released sizes; without --models: every row of bench_rows.py")
+    p.add_argument("--pretend", action="store_true",
+                   help="on a pretended GPU; without --models: every row of bench_rows.py")
     p.add_argument("--stage", choices=["adm", "adp"], default="adm",
                    help="adp: SDXL only, timed without a comparison")
     p.add_argument("--batch-size", type=int, default=4)
@@ -367,6 +418,8 @@ def parse():
     p.add_argument("--out", default="out/bench")
     args = p.parse_args()
     args.lora_alpha = None
+    args.rows = args.models is None and (args.full or args.pretend)
+    args.models = args.models or ["SDXL", "SD3-Medium", "CogVideoX-2b"]
     not_sdxl = args.stage == "adp" and args.models != ["SDXL"]
     if args.repeat < 1 or args.batch_size < 1 or not_sdxl:
         usage(["--repeat and --batch-size must be above 0, and --stage adp is for --models SDXL "
@@ -378,15 +431,20 @@ def main():
     args = parse()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
+    if args.rows:
+        return bench_rows.run(out, args.pretend)
     print(heading())
     results = {}
+    if args.pretend:
+        results = {name: measure(name, args) for name in args.models}
+        args.models = []
     processes = multiprocessing.get_context("spawn")
     for name in args.models:
         # a process for each, so that their peaks do not add up
         with processes.Pool(1, torch.set_num_threads, (args.threads,)) as pool:
             results[name] = pool.apply(measure, (name, args))
         print(line_of(name, results[name]), flush=True)
-    (out / "result.json").write_text(json.dumps(results, indent=1))
+    (out / "result.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     print(f"wrote {out}/result.json")
 
 

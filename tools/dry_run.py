@@ -8,7 +8,13 @@ No weights are loaded. Shapes run on the meta device, where the operations of ea
 the bytes it keeps for the backward pass are counted. A real run adds the allocator's slack and
 CUDA's own.
 """
+import json
+import math
+import os
+import subprocess
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -20,8 +26,12 @@ from adm import frozen
 from discriminators import Discriminator, hinge_discriminator
 from ode import join_batches
 from training.heads import heads_for
+from training.model_checks import latent_of
 from training.networks import tensors_to
 from training.sharding import blocks_of
+from training.terminal import tell, warn
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def zeros_of(shapes, n, device, dtype):
@@ -219,17 +229,18 @@ class Row(NamedTuple):
     average: float = 0
     offloaded: bool = False     # by --cpu-offload
 
-    def bytes(self):
-        return self.weights + self.gradients + self.optimizer + self.average
+    def kept(self):
+        """Bytes besides the gradients."""
+        return self.weights + self.optimizer + self.average
 
 
 def student_row(name, parameters, lora_rank, shards, average=False):
-    """A trained network: float32 weights and gradients, two moments of Adam. Adapters are small:
-    whole on every rank, and never offloaded."""
+    """A trained network: float32 weights and gradients, Adam's second moment (there is no first:
+    beta_1 = 0). Adapters are small: whole on every rank, and never offloaded."""
     if lora_rank:
         name, shards = f"{name}, LoRA {lora_rank}", 1
     part = parameters / shards
-    return Row(name, parameters, 4 * part, 4 * part, 8 * part, 4 * part if average else 0,
+    return Row(name, parameters, 4 * part, 4 * part, 4 * part, 4 * part if average else 0,
                offloaded=not lora_rank)
 
 
@@ -258,6 +269,36 @@ def memory_rows(args, pipe, net, heads, family, networks, shards):
     rows.append(student_row("heads", count(heads), 0, shards))
     rows.append(Row("VAE", count(pipe.vae), bytes_of * count(pipe.vae)))
     return rows, outside * bytes_of
+
+
+def rest_on(rows, offload, pinned):
+    """(bytes on the device, bytes on the host) between passes. Gradients of the fake score are gone
+    before the generator's and the heads' are there. pinned: see pinned_over_plain."""
+    _, generator, fake, heads, _ = rows
+    if fake.gradients > generator.gradients + heads.gradients:
+        with_gradients = [fake]
+    else:
+        with_gradients = [generator, heads]
+    device, host = 0, 0
+    for row in rows:
+        gradients = row.gradients if row in with_gradients else 0
+        if offload and row.offloaded:
+            host += (row.weights + row.average + gradients) * pinned + row.optimizer
+        else:
+            device += row.kept() + gradients
+    return device, host
+
+
+def pinned_over_plain(net, shards):
+    """How much more the pinned memory of a network's offloaded weights is than the weights: torch
+    rounds each block up to a power of two, unless PYTORCH_CUDA_ALLOC_CONF sets
+    pinned_max_round_threshold_mb."""
+    plain, pinned = 0, 0
+    for p in net.parameters():
+        size = math.ceil(p.numel() / shards) * 4
+        plain += size
+        pinned += 2 ** math.ceil(math.log2(size))
+    return pinned / plain
 
 
 # ----------------------------------------------------------------------------------- the report
@@ -299,17 +340,18 @@ def costs(args, pipe, family, latent, ranks):
                                 shards=ranks if args.fsdp else 1)
     work, kept = work_and_activations(net, discriminator, x, t, conditioning(n, dtype),
                                       args.grad_checkpointing)
-    held = sum(row.bytes() for row in rows)
-    offloaded = 0
+    held, offloaded = rest_on(rows, args.cpu_offload,
+                              pinned_over_plain(net, ranks if args.fsdp else 1))
     if args.cpu_offload:
-        offloaded = sum(row.bytes() for row in rows if row.offloaded) - outside
+        held += outside
+        offloaded -= outside
     gathered = 0
     if args.fsdp or args.cpu_offload:
         largest = max(map(count, blocks_of(net)), default=rows[0].parameters)
         gathered = 2 * largest * dtype.itemsize
     of_generator = (kept["G, forward and backward"] + kept["f, gradient of its input"]
                     + kept["taps of x_fake, with gradient"])
-    return Costs(rows, held - offloaded, offloaded, gathered,
+    return Costs(rows, held, offloaded, gathered,
                  activations=max(kept["f learns"], of_generator), work=work)
 
 
@@ -335,18 +377,73 @@ def print_table(found, args):
         print(f"  {name:64s}{operations / 1e12:12.4g}")
 
 
+def simulated_stages(args, medium):
+    """Every stage of this run on a pretended GPU, in a process of its own -> see simulate.simulate.
+    Raises OSError, with the reason, where that is not possible."""
+    path = str(ROOT)
+    if "PYTHONPATH" in os.environ:
+        path += os.pathsep + os.environ["PYTHONPATH"]
+    done = subprocess.run([sys.executable, "-P", "-m", "tools.simulate", medium],
+                          input=json.dumps(vars(args)), capture_output=True, text=True,
+                          env=dict(os.environ, PYTHONPATH=path))
+    if done.returncode != 0:
+        raise OSError((done.stderr.strip().splitlines() or ["no reason given"])[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def iterations_of(args, stage):
+    if stage == "pairs":
+        return math.ceil(args.pairs / (2 * args.batch_size))
+    if stage in ("adp", "reflow"):
+        return args.iterations_adp
+    if stage == "adm":
+        return args.iterations_adm
+    return args.iterations_phase if stage.startswith("phase") else 1
+
+
+def print_stages(args, stages):
+    """The table of every stage, simulated."""
+    print("\nsimulated: an H100 at 590 TFLOP/s and 2.7 TB/s, 6 us of the host a kernel, nothing "
+          "for what ranks send each other;\nadd 1 to 2 GiB for CUDA itself")
+    print(f"{'stage':12s}{'peak GiB':>10s}{'host GiB':>10s}{'TFLOP':>10s}{'s/iteration':>13s}"
+          f"{'host s':>9s}{'waits':>7s}{'iterations':>12s}{'hours':>9s}")
+    for name, found in stages.items():
+        number = iterations_of(args, name)
+        seconds = max(found["seconds"], found["host_seconds"])
+        print(f"{name:12s}{gib(found['peak'])}{gib(found['host'])}{found['flop'] / 1e12:10.4g}"
+              f"{found['seconds']:13.4g}{found['host_seconds']:9.3g}"
+              f"{sum(found['waits'].values()):7d}{number:12d}{number * seconds / 3600:9.2f}")
+
+
+def print_disk(args, rows, latent):
+    """What --out grows to. Of checkpoints two are kept, and a third is written before one goes."""
+    _, generator, fake, heads, _ = rows
+    checkpoint = 4 * (2 * generator.parameters + 2 * fake.parameters + 2 * heads.parameters)
+    if args.ema:
+        checkpoint += 4 * generator.parameters
+    pairs = 2 * 4 * math.prod(latent.shape) * args.pairs
+    print(f"\n{'disk: a checkpoint of ADM, of which three':42s}{gib(checkpoint)}")
+    print(f"{'disk: pairs, of runs that have them':42s}{gib(pairs)}")
+
+
 def report(args, pipe, family, ranks):
     """Print what a run with these flags takes -> dict of its sums.
 
     pipe: the pipeline, all of its weights on the meta device. family: its Family. ranks: GPUs.
     """
-    latent = family.latent(pipe, getattr(pipe, family.network), args)
+    latent = latent_of(family, pipe, getattr(pipe, family.network), args)
     found = costs(args, pipe, family, latent, ranks)
     model = args.model or "the embedded teacher"
     shape = " x ".join(map(str, latent.shape))
     plural = "s" if ranks > 1 else ""
-    print(f"{model}: {shape} latents, {latent.height} x {latent.width} pixels, "
-          f"micro-batch {args.batch_size}, {ranks} rank{plural}\n")
+    tell(f"{model}: {shape} latents, {latent.height} x {latent.width} pixels, "
+         f"micro-batch {args.batch_size}, {ranks} rank{plural}")
+    print()
     print_table(found, args)
+    print_disk(args, found.rows, latent)
+    try:
+        print_stages(args, simulated_stages(args, family.medium))
+    except OSError as e:
+        warn(f"the stages are not simulated: {e}")
     return dict(parameters=found.rows[0].parameters, device_bytes=found.device(),
                 host_bytes=found.offloaded, flop=sum(found.work.values()))

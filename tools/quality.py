@@ -161,7 +161,7 @@ def main():
         form = "12.5g" if isinstance(value, float) else "12d"
         print(f"{name:10s}{value:{form}}")
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    (Path(args.out) / "result.json").write_text(json.dumps(result, indent=1))
+    (Path(args.out) / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -17,10 +17,13 @@ from pathlib import Path
 import torch
 
 from teachers.shapes import CAPTIONS, SHIPPED
-from training.errors import Failure, read_prompts, run_main
+from training.errors import Failure, is_out_of_memory, read_prompts, run_main
 from training.export import load_student
+from training.loading import SAFE
+from training.model_index import read_index, stock_pipeline
 from training.pictures import contact_sheet, grid
 from training.ranks import quiet
+from training.terminal import tell
 
 
 def parse():
@@ -42,12 +45,16 @@ def parse():
 
 def load_teacher(name, dtype):
     """name: directory or hub id; None: the embedded one. Raises Failure if there is none."""
-    from diffusers import DiffusionPipeline
+    path, flag = str(name or SHIPPED), f"--teacher {name}"
+    kind = stock_pipeline(read_index(path, flag)["_class_name"], flag)
     try:
-        pipe = DiffusionPipeline.from_pretrained(name or SHIPPED, use_safetensors=True)
-    except (OSError, ValueError) as e:
-        raise Failure(f"--teacher {name}: no such pipeline, here or on the hub; give a directory "
-                      f"with a model_index.json, or a hub id") from e
+        pipe = kind.from_pretrained(path, **SAFE)
+    except Exception as e:                                      # every library has its own
+        if is_out_of_memory(e):
+            raise
+        reason = (str(e) or type(e).__name__).split("\n")[0]
+        raise Failure(f"{flag}: not a whole pipeline of safetensors ({reason}); download it "
+                      f"again") from e
     return pipe.to(dtype)
 
 
@@ -115,8 +122,8 @@ def main():
     draw_picture = grid if samples.dim() == 4 else contact_sheet
     draw_picture(out / "samples.png", rows, prompts[:8])
     result.update(samples=len(prompts), device=str(device))
-    (out / "result.json").write_text(json.dumps(result, indent=1))
-    print(f"wrote {out}/samples.png and {out}/result.json")
+    (out / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    tell(f"wrote {out}/samples.png and {out}/result.json")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What the loops are fed: each iteration's micro-batches of random numbers, prompts and pairs."""
 import torch
 
-from training.draws import Draws
+from training.draws import Draws, to_device
 from training.ranks import world
 
 # of random numbers; phase k of Phased DMD has stream 10 + k
@@ -44,16 +44,16 @@ def prompt_batches(args, teacher, stage):
 
 
 def pair_batches(args, teacher, stage, pairs):
-    """-> batches(iteration) for ADP and A1: [(draws, x0_teacher, x_T, cond), ...]. pairs: (x_T,
-    x_0, prompt) on the host."""
+    """-> batches(iteration) for ADP and A1: [(draws, x0_teacher, x_T, cond), ...]. pairs: see
+    training.pairs.load_pairs."""
     x_T, x_0, prompt = pairs
 
     def batches(iteration):
         micro_batches = []
         for draws in draws_of(args, teacher, stage, iteration):
             pick = draws.integers(0, len(prompt) - 1, "cpu")
-            micro_batches.append((draws, x_0[pick].to(teacher.device), x_T[pick].to(teacher.device),
-                                  teacher.cond(prompt[pick])))
+            micro_batches.append((draws, to_device(x_0[pick], teacher.device),
+                                  to_device(x_T[pick], teacher.device), teacher.cond(prompt[pick])))
         return micro_batches
     return batches
 

@@ -1,18 +1,19 @@
 """Checkpoints: folders named STAGE-ITERATION with the trained weights, the optimizers' moments and
 the facts of the run. There are no states of random number generators: see training/draws.py."""
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor
 
-from training.errors import Failure
+from training.errors import Failure, first_not_finite
 from training.folders import read_folder, remove, same_facts, verify, write_folder
 from training.ranks import world
 from training.sharding import on_rank_0, put
+from training.terminal import warn
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "safetensors")
+NUMBER = "[0-9]" * 8            # the iteration in a checkpoint's name
 
 
 def trained_state(net):
@@ -32,24 +33,24 @@ def save_checkpoint(folder, facts, nets, optimizers, keep=2):
     files = {f"{name}.safetensors": trained_state(net) for name, net in nets.items()}
     for optimizer in optimizers:
         files[f"optimizer_{optimizer.name}.safetensors"] = moments(optimizer)
-    files = {name: on_rank_0(tensors) for name, tensors in files.items()}
     if world()[0] != 0:
+        for tensors in files.values():
+            on_rank_0(tensors)
         return
     folder = Path(folder)
-    folder.mkdir(exist_ok=True)
     stage = facts["stage"]
     path = folder / f"{stage}-{facts['global_iter']:08d}"
     versions = {name: version(name) for name in LIBRARIES}
-    write_folder(path, files, dict(facts, versions=versions, world_size=world()[1]))
+    write_folder(path, files, dict(facts, versions=versions, world_size=world()[1]), on_rank_0)
     # later ones are damaged, or the run would have gone on from there: they do not count
-    written = [old for old in sorted(folder.glob(f"{stage}-????????")) if old.name <= path.name]
+    written = [old for old in sorted(folder.glob(f"{stage}-{NUMBER}")) if old.name <= path.name]
     for old in written[:-keep]:
         remove(old)
 
 
 def moments(optimizer):
     """An optimizer's state as a file keeps it, {"PARAMETER.WHAT": tensor}: the parameter's number,
-    then step, exp_avg or exp_avg_sq."""
+    then step, exp_avg_sq and, with momentum, exp_avg."""
     tensors = {}
     for number, state in optimizer.adam.state_dict()["state"].items():
         for what, tensor in state.items():
@@ -68,10 +69,16 @@ def load_checkpoint(path, facts, nets, optimizers):
     """
     found, files = read_folder(path)
     same_facts(path, found, facts)
+    check_counters(path, found)
     for name, net in nets.items():
         check_network(path, name, net, files.get(f"{name}.safetensors", {}))
     for optimizer in optimizers:
         check_moments(path, optimizer, files.get(f"optimizer_{optimizer.name}.safetensors"))
+    for name, tensors in files.items():
+        wrong = first_not_finite(tensors)
+        if wrong:
+            raise Failure(f"{path}: {wrong} of {name} is not finite; delete {path} and go on with "
+                          f"--resume auto")
     with torch.no_grad():
         for name, net in nets.items():
             for key, p in trained_state(net).items():
@@ -81,29 +88,68 @@ def load_checkpoint(path, facts, nets, optimizers):
     return found
 
 
+def check_counters(path, found):
+    """Raises Failure unless a checkpoint's facts count its iterations."""
+    for name in ("iteration", "global_iter"):
+        if type(found.get(name)) is not int or found[name] < 1:
+            raise Failure(f"{path}: its {name} is {found.get(name, 'missing')}, no number of "
+                          f"iterations; delete {path} and go on with --resume auto")
+
+
 def check_network(path, name, net, there):
-    """Raises Failure unless a network's trained weights are `there`, {key: tensor}, in name and
-    shape."""
-    here = {key: list(p.shape) for key, p in trained_state(net).items()}
-    there = {key: list(tensor.shape) for key, tensor in there.items()}
-    for key in here.keys() | there.keys():
-        if here.get(key) != there.get(key):
-            raise Failure(f"{path}: {name}.{key} is {there.get(key, 'missing')} there and "
-                          f"{here.get(key, 'missing')} here; choose the run it belongs to")
+    """Raises Failure unless a network's trained weights are `there`, {key: tensor}, in name, shape
+    and type."""
+    state = trained_state(net)
+    for describe in (shape_of, dtype_of):
+        for key in sorted(state.keys() | there.keys()):
+            mine, its = describe(state.get(key)), describe(there.get(key))
+            if mine != its:
+                raise Failure(f"{path}: {name}.{key} is {its} there and {mine} here; choose the "
+                              f"run it belongs to")
+
+
+def shape_of(tensor):
+    return "missing" if tensor is None else list(tensor.shape)
+
+
+def dtype_of(tensor):
+    return "missing" if tensor is None else tensor.dtype
 
 
 def check_moments(path, optimizer, there):
-    """Raises Failure unless the moments `there`, a file's tensors or None, have the shapes of an
-    optimizer's parameters. torch itself would load any shape, silently."""
+    """Raises Failure unless the moments `there`, a file's tensors or None, are those of an
+    optimizer's parameters. torch itself would load any shape, and fresh moments for none,
+    silently."""
     if there is None:
         there = {"its file": torch.empty(0)}            # fits no parameter
-    expected = {str(number): list(p.shape) for number, p in enumerate(optimizer.params)}
+    needed, allowed = expected_moments(optimizer)
+    wrong = []
     for key, tensor in there.items():
-        number, _, what = key.partition(".")
-        if what != "step" and list(tensor.shape) != expected.get(number):
-            raise Failure(f"{path}: optimizer_{optimizer.name} has {key} of shape "
-                          f"{list(tensor.shape)}, expected {expected.get(number)}; choose the run "
-                          f"it belongs to")
+        shape, dtype = allowed.get(key, (None, None))
+        if shape_of(tensor) != shape:
+            wrong.append(f"{key} of shape {shape_of(tensor)}, expected {shape}")
+        elif tensor.dtype != dtype:
+            wrong.append(f"{key} of type {tensor.dtype}, expected {dtype}")
+    for key in needed:
+        if key not in there:
+            wrong.append(f"no {key}")
+    if wrong:
+        raise Failure(f"{path}: optimizer_{optimizer.name} has {wrong[0]}; choose the run it "
+                      f"belongs to")
+
+
+def expected_moments(optimizer):
+    """Of an optimizer's state: (keys that a file must have, {key that it may have: (shape, type)}).
+    """
+    needed, allowed = [], {}
+    for number, p in enumerate(optimizer.params):
+        allowed[f"{number}.step"] = [], torch.float32
+        allowed[f"{number}.exp_avg"] = list(p.shape), p.dtype
+        allowed[f"{number}.exp_avg_sq"] = list(p.shape), p.dtype
+        needed += [f"{number}.step", f"{number}.exp_avg_sq"]
+        if optimizer.has_momentum:
+            needed.append(f"{number}.exp_avg")
+    return needed, allowed
 
 
 def load_moments(optimizer, tensors):
@@ -113,6 +159,8 @@ def load_moments(optimizer, tensors):
         number, what = key.split(".")
         number = int(number)
         p = optimizer.params[number]
+        if what == "exp_avg" and not optimizer.has_momentum:
+            continue                                    # of an older version
         if what != "step" and isinstance(p, DTensor):   # moments are sharded as their parameter is
             moment = torch.zeros_like(p)
             put(moment, tensor)
@@ -124,13 +172,22 @@ def load_moments(optimizer, tensors):
 def newest_checkpoint(folder, stage):
     """The newest whole checkpoint of a stage, or None. Damaged ones are named on stderr and passed
     over."""
-    for path in sorted(Path(folder).glob(f"{stage}-????????"), reverse=True):
+    for path in sorted(Path(folder).glob(f"{stage}-{NUMBER}"), reverse=True):
         try:
             verify(path)
             return path
         except Failure as e:
-            print(f"warning: {e}; trying the one before", file=sys.stderr)
+            warn(f"{e}; trying the one before")
     return None
+
+
+def is_after_adp(path):
+    """Whether the generator of an adm checkpoint started from ADP."""
+    found = verify(path).get("after_adp")
+    if not isinstance(found, bool):
+        raise Failure(f"{path}: its after_adp is {found}; delete {path} and go on with --resume "
+                      f"auto")
+    return found
 
 
 def checkpoint_to_resume(args, out, stages):
@@ -144,11 +201,13 @@ def checkpoint_to_resume(args, out, stages):
         newest = newest or newest_checkpoint(out.path / "checkpoints", stage)
     if args.resume == "auto":
         return newest, newest.name.split("-")[0] if newest else None
-    reached = verify(args.resume).get("stage")
+    found = verify(args.resume)
+    reached = found.get("stage")
     if reached not in stages:
         raise Failure(f"--resume {args.resume}: its stage is {reached}, and this run has no such "
                       f"stage; give the flags of the run it belongs to")
     if newest and newest.resolve() != Path(args.resume).resolve():
         raise Failure(f"--resume {args.resume}: --out holds {newest}, with which it would be mixed "
                       f"up; choose another --out, or --resume auto")
+    check_counters(args.resume, found)
     return Path(args.resume), reached

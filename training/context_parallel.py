@@ -3,7 +3,7 @@
 From the first block to the last, each rank holds 1/N of the text tokens and 1/N of the video
 tokens. Attention needs all tokens, so it swaps, by one all-to-all, 1/N of the tokens of all heads
 for all tokens of 1/N of the heads, and back afterwards (Ulysses, arXiv 2309.14509). What does not
-divide by N is padded, and padded keys are masked.
+divide by N is padded, and padded keys are left out.
 
 Every rank computes the whole loss from the gathered tokens. So the gradient of a block's weight is
 N times this rank's share of the sum over tokens, and the mean over all ranks, which the optimizer
@@ -95,21 +95,33 @@ def heads_to_tokens(x, heads):
     return swap(x).movedim(0, 1).flatten(1, 2)[:, :heads]                       # [B,H,s,d]
 
 
-def is_real(text, video, device):
-    """Which of the N*s swapped tokens are no padding, bool [N*s].
+def real_runs(text, video):
+    """Which of the N*s swapped tokens are no padding, as runs [(start, end), ...]. From lengths
+    alone: to look at a tensor, the host would wait for the device at each attention.
 
     text, video: tokens in one rank's share. Swapped tokens lie by rank, and each rank's text lies
     before its video.
     """
     video_length, text_length = Group.lengths
-    share = text + video                                                        # s
-    place = torch.arange(Group.size * share, device=device)                     # [N*s]
-    rank = place // share
-    within = place % share
-    is_text = within < text
-    text_is_real = rank * text + within < text_length
-    video_is_real = rank * video + within - text < video_length
-    return torch.where(is_text, text_is_real, video_is_real)
+    runs = []
+    for rank in range(Group.size):
+        start = rank * (text + video)
+        for first, share, length in ((start, text, text_length),
+                                     (start + text, video, video_length)):
+            real = min(max(length - rank * share, 0), share)
+            if runs and runs[-1][1] == first:
+                runs[-1] = (runs[-1][0], first + real)
+            elif real:
+                runs.append((first, first + real))
+    return runs
+
+
+def without_padding(x, runs):
+    """Keys or values [B,H,N*s,d] -> the real ones. Attention that needs no mask for the others runs
+    on its fastest kernel."""
+    if runs == [(0, x.shape[2])]:
+        return x
+    return torch.cat([x[:, :, start:end] for start, end in runs], 2)
 
 
 class UlyssesProcessor:
@@ -138,11 +150,10 @@ class UlyssesProcessor:
             q = torch.cat([q[:, :, :text], self.rotate(q[:, :, text:], tables)], 2)
             k = torch.cat([k[:, :, :text], self.rotate(k[:, :, text:], tables)], 2)
         q = tokens_to_heads(q)                                                  # [B,H/N,N*s,d]
-        k = tokens_to_heads(k)
-        v = tokens_to_heads(v)
-        mask = is_real(text, video, q.device)                                   # [N*s]
-        mask = None if mask.all() else mask[None, None, None]   # without one, attention is faster
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        runs = real_runs(text, video)
+        k = without_padding(tokens_to_heads(k), runs)                           # [B,H/N,real,d]
+        v = without_padding(tokens_to_heads(v), runs)
+        out = F.scaled_dot_product_attention(q, k, v)
         out = heads_to_tokens(out, attn.heads)                                  # [B,H,s,d]
         out = out.transpose(1, 2).flatten(2)                                    # [B,s,C]
         out = attn.to_out[1](attn.to_out[0](out))

@@ -9,6 +9,14 @@ def stream(*key):
     return torch.Generator().manual_seed(int(state) >> 1)       # a seed of torch has 63 bits
 
 
+def to_device(values, device):
+    """A tensor of the host, on a device, without a wait. A GPU fetches from pinned memory by
+    itself; from other memory the host has to hand over, once all that was queued is done."""
+    if torch.device(device).type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
+
+
 class Draws:
     """All random numbers of one iteration for some samples of the global batch. Each sample has a
     stream of its own, so a resumed run, or one on another number of ranks, draws the same numbers.
@@ -30,12 +38,12 @@ class Draws:
     def normal(self):
         """N(0, I), [B,*shape]."""
         parts = [torch.randn(self.block, *self.shape, generator=g) for g in self.each]
-        return torch.cat(parts).to(self.device, non_blocking=True)
+        return to_device(torch.cat(parts), self.device)
 
     def uniform(self, low=0.0, high=1.0):
         """U[low, high), [B]."""
         parts = [torch.rand(self.block, generator=g) for g in self.each]
-        return torch.cat(parts).to(self.device, non_blocking=True) * (high - low) + low
+        return to_device(torch.cat(parts), self.device) * (high - low) + low
 
     def integers(self, low, high, device=None):
         """Uniform integers from low to high, both included, LongTensor [B].
@@ -44,7 +52,7 @@ class Draws:
         for a GPU.
         """
         parts = [torch.randint(low, high + 1, (self.block,), generator=g) for g in self.each]
-        return torch.cat(parts).to(device or self.device, non_blocking=True)
+        return to_device(torch.cat(parts), device or self.device)
 
     def shared_integer(self, low, high):
         """One integer from low to high, both included, the same on every rank: ranks that share

@@ -1,9 +1,17 @@
-"""Errors the user can fix: one line on stderr and an exit code, instead of a traceback."""
+"""Errors the user can fix: one line on stderr and an exit code, instead of a traceback.
+
+`one_line` decides which errors are of that kind; all others keep their traceback.
+"""
+import errno
 import os
+import re
 import sys
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
+
+from training.terminal import complain, unbreakable_streams
 
 AT_ONCE = "stopped at once; checkpoints already written are whole"
 
@@ -20,11 +28,75 @@ class NotFinite(Failure):
 def usage(problems):
     """Report wrong flags: prints all problems, a list of sentences, on one line, and exits with
     code 2."""
-    if os.environ.get("RANK", "0") == "0":
-        line = " ".join("; ".join(problems).splitlines())
-        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+    has_other_ranks = "WORLD_SIZE" in os.environ
+    if not has_other_ranks or os.environ.get("RANK", "0") == "0":
+        complain(f"{Path(sys.argv[0]).name}: error: {'; '.join(problems)}")
     raise SystemExit(2)
 
+
+# ---------------------------------------------------------------------- which errors are one line
+
+OUT_OF_MEMORY = ("can't allocate memory", "Storage size calculation overflowed",
+                 "not enough memory")
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe",
+             "Socket closed", "Connection refused", "remote process exited", "connectFullMesh",
+             "failed to recv", "Failed to recv")
+
+
+def one_line(error):
+    """The line that tells an error which the user can fix, or None for any other."""
+    if isinstance(error, Failure):
+        return str(error)
+    if is_out_of_memory(error):
+        reason = str(error).strip().split("\n")[0]
+        return (f"out of memory ({reason}); give a smaller --batch-size (a larger --accumulate "
+                f"makes up for it), --grad-checkpointing or --cpu-offload")
+    if is_lost_peer(error):
+        return ("another rank has ended, and this one cannot go on alone; start all of them again "
+                "with --resume auto")
+    number = number_of(error)
+    if number is None:
+        return None
+    where = f"{error.filename}: " if getattr(error, "filename", None) else ""
+    return (f"{where}{os.strerror(number)}; {cure_of(error)} and start again (a run: with "
+            f"--resume auto)")
+
+
+def is_out_of_memory(error):
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    if number_of(error) == errno.ENOMEM:
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
+
+
+def is_lost_peer(error):
+    """Whether a rank failed because another one is gone."""
+    if not dist.is_initialized() or not isinstance(error, RuntimeError):
+        return False
+    return any(text in str(error) for text in LOST_PEER)
+
+
+def number_of(error):
+    """The system's number of an error, or None. safetensors has an error class of its own, with the
+    number in its text."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
+
+
+def cure_of(error):
+    """What to do about an error of the disk."""
+    number = number_of(error)
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "free some space"
+    if number in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return "make it writable"
+    return "put that right"
+
+
+# ------------------------------------------------------------------------------------- to the end
 
 def first_to_fail():
     """True on the first rank that calls this, False on all others. When one rank fails, the
@@ -39,27 +111,30 @@ def first_to_fail():
 
 
 def run_main(main):
-    """Call main() and return what it returns. A Failure, a full disk or Ctrl-C ends in one line,
-    printed by one rank, and exit code 1. Other errors of the first rank keep their traceback."""
+    """Call main() and return what it returns. An error the user can fix, or Ctrl-C, ends in one
+    line, printed by one rank, and exit code 1. Other errors of the first rank keep their
+    traceback."""
+    unbreakable_streams()
     try:
         return main()
     except KeyboardInterrupt:
         line = AT_ONCE
         first = first_to_fail()
     except Exception as error:
-        line = " ".join(str(error).splitlines())
+        line = one_line(error)
         first = first_to_fail()
-        if "No space left" in line:         # by its text: safetensors has an error class of its own
-            line += "; free some space, then --resume auto"
-        elif first and not isinstance(error, Failure):
+        if first and line is None:
             raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
     if first:
-        raise SystemExit(f"\n{Path(sys.argv[0]).name}: {line}")         # below a progress bar
+        print(file=sys.stderr)                                  # below a progress bar
+        complain(f"{Path(sys.argv[0]).name}: {line}")
     raise SystemExit(1)
 
+
+# ------------------------------------------------------------------------- what comes from outside
 
 def none_missing(names):
     """Check that a file had a value for every weight. Libraries fill the others with random
@@ -72,16 +147,26 @@ def none_missing(names):
         raise ValueError(f"no value there for {names[0]}")
 
 
+def first_not_finite(tensors):
+    """The name of the first of these {name: tensor} that holds a NaN or an infinity, or None."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
+            return name
+    return None
+
+
 def read_prompts(path, flag="--prompts"):
     """The prompts of a text file, one a line, as a list of strings. Raises Failure, with the number
     of the line, if the file is missing, empty, not UTF-8, or has blank lines."""
     try:
-        lines = Path(path).read_bytes().decode("utf-8-sig").splitlines()
+        lines = Path(path).read_bytes().decode("utf-8-sig").split("\n")
     except OSError as e:
         raise Failure(f"{flag} {path}: {e.strerror}; give a text file with one prompt a line")
     except UnicodeDecodeError as e:
         number = e.object[:e.start].count(b"\n") + 1
         raise Failure(f"{flag} {path}: line {number} is not UTF-8; save the file as UTF-8")
+    if lines[-1] == "":                                         # below the last line feed
+        lines.pop()
     blank = [number for number, line in enumerate(lines, 1) if not line.strip()]
     if blank:
         raise Failure(f"{flag} {path}: line {blank[0]} is blank; take blank lines out "

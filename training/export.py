@@ -1,17 +1,22 @@
 """export/: the student as a pipeline that stock diffusers samples, with a model card; and the way
 back, from such a folder to a pipeline."""
-import ast
 import inspect
 import json
+import os
+import shutil
 from copy import deepcopy
 from pathlib import Path
 
 import torch
 
-from training.errors import Failure
-from training.loading import left_out, load_pipeline
+from training.checkpoints import newest_checkpoint
+from training.errors import Failure, cure_of, first_not_finite, is_out_of_memory, number_of
+from training.folders import read_json, remove, sync, verify
+from training.loading import SAFE, left_out, load_pipeline
 from training.lora import Lora
+from training.model_index import read_card, read_index, stock_pipeline
 from training.teacher import text_arguments
+from training.terminal import printable
 
 RESULT = dict(                  # medium -> (where a pipeline leaves its samples, how one is saved)
     image=("images", 'sample.save("sample.png")'),
@@ -42,13 +47,38 @@ def refuse_without_callback(args, family):
 # ---------------------------------------------------------------------------------------- to export
 
 def export(run, families, default, experts, schedule, weights):
-    """Write export/. weights: of each expert, {name: tensor}; of a LoRA's none.
+    """Write export/, all or nothing: under another name, which is then changed. weights: of each
+    expert, {name: tensor}; of a LoRA's none. Raises Failure where it cannot be written, or where
+    the student has weights that are not finite."""
+    folder = run.out.path / "export"
+    tmp = run.out.path / "export.tmp"
+    for expert, values in zip(experts, weights):
+        wrong = first_not_finite(values or dict(expert.net.named_parameters()))
+        if wrong:
+            raise Failure(f"{folder}: the student's {wrong} is not finite, so nothing was exported")
+    shutil.rmtree(tmp, ignore_errors=True)
+    try:
+        write_pipeline(run, families, default, experts, schedule, weights, tmp)
+        for file in tmp.rglob("*"):
+            sync(file)
+        remove(folder)
+        os.rename(tmp, folder)
+        sync(folder.parent)
+    except Exception as e:                              # of any class: safetensors has its own
+        shutil.rmtree(tmp, ignore_errors=True)
+        if number_of(e) is None:                        # not the disk
+            raise
+        raise Failure(f"{folder}: could not be written ({e}); {cure_of(e)}, then --resume "
+                      f"auto") from e
+
+
+def write_pipeline(run, families, default, experts, schedule, weights, folder):
+    """The student as a pipeline, and its model card, into a folder.
 
     Further experts lie beside the first (unet_2, ...), or where the pipeline itself has a second
     network (Wan 2.2), and experts.json has their boundaries. LoRAs also go to lora/.
     """
     args, teacher, family = run.args, run.teacher, run.teacher.family
-    folder = run.out.path / "export"
     pipe = load_pipeline(args, families, default)       # anew: the run freed its text encoders, and
     students = []                                       # may have kept bf16
     for k, (expert, values) in enumerate(zip(experts, weights), 1):
@@ -82,10 +112,11 @@ def export(run, families, default, experts, schedule, weights):
     facts = dict(network=family.network, steps=lengths, switch=len(students) > 1,
                  boundaries=boundaries, call=call)
     if len(experts) > 1:
-        (folder / "experts.json").write_text(json.dumps(facts, indent=1))
+        (folder / "experts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
     missing = left_out(args, str(args.model or default), family.pipeline)
     network = type(getattr(pipe, family.network)).__name__
-    (folder / "README.md").write_text(model_card(run, folder, missing, network, facts))
+    card = model_card(run, folder.with_suffix(""), missing, network, facts)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def load_both(pipe, family, values):
@@ -115,16 +146,33 @@ def call_arguments(args, family):
     return call
 
 
+def iterations_of(run, stage):
+    """How many iterations a stage has had: in this run, or before it."""
+    if stage in run.done:
+        return run.done[stage]
+    path = newest_checkpoint(run.out.path / "checkpoints", stage)
+    if path is not None:
+        return verify(path)["iteration"]
+    if stage.startswith("phase"):               # all further stages: of a run in another --out
+        return run.args.iterations_phase
+    return run.args.iterations_adm if stage == "adm" else run.args.iterations_adp
+
+
 def how_it_was_made(run):
     args = run.args
     if args.method == "phased_dmd":
-        return f"{args.iterations_phase} iterations a phase of Phased DMD"
+        counts = dict.fromkeys(iterations_of(run, stage) for stage in run.stages)
+        return f"{' and '.join(map(str, counts))} iterations a phase of Phased DMD"
     parts = []
     for stage in run.stages:
         name = "DMD" if stage == "adm" and args.method == "dmd" else MADE_BY[stage]
-        count = args.iterations_adm if stage == "adm" else args.iterations_adp
-        parts.append(f"{count} iterations of {name}")
+        parts.append(f"{iterations_of(run, stage)} iterations of {name}")
     return ", ".join(parts)
+
+
+def quoted(text):
+    """A text as Python writes it, without the marks that end a model card's code."""
+    return repr(str(text)).replace("`", "\\x60")
 
 
 def model_card(run, folder, missing, network, facts):
@@ -132,7 +180,7 @@ def model_card(run, folder, missing, network, facts):
     the name of its class."""
     args, family = run.args, run.teacher.family
     pipeline, name, lengths = family.pipeline, facts["network"], facts["steps"]
-    path = repr(str(folder))
+    path = quoted(folder)
     without = "".join(f", {component}=None" for component in missing)
     call = ", ".join(f"{key}={value!r}" for key, value in facts["call"].items())
     imports, switch, callback = f"from diffusers import {pipeline}", "", ""
@@ -145,7 +193,7 @@ def model_card(run, folder, missing, network, facts):
                   f"    return kwargs\n")
         callback = ", callback_on_step_end=switch"
     result, save = RESULT[family.medium]
-    model = args.model or "the embedded teacher of captioned shapes"
+    model = printable(args.model or "the embedded teacher of captioned shapes").replace("`", "'")
     own_guidance = "" if args.cfg_student is None else ", and the student takes its own besides"
     return f"""---
 library_name: diffusers
@@ -157,7 +205,7 @@ is distilled in (weights {args.guidance[0]:g} to {args.guidance[1]:g}){own_guida
 ```python
 {imports}
 pipe = {pipeline}.from_pretrained({path}{without})
-{switch}sample = pipe({run.teacher.prompts[0]!r}, {call}{callback}).{result}[0]
+{switch}sample = pipe({quoted(run.teacher.prompts[0])}, {call}{callback}).{result}[0]
 {save}
 ```
 """
@@ -167,37 +215,47 @@ pipe = {pipeline}.from_pretrained({path}{without})
 
 def load_student(folder, dtype=torch.float32):
     """An exported student -> (pipeline, the arguments of the call in its model card; its experts
-    switch as the card's do). Raises Failure if it is none."""
-    import diffusers
+    switch as the card's do). Its folder may come from a stranger. Raises Failure if it is none, or
+    asks for what no export of ours does."""
     folder = Path(folder)
     try:
-        code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
-        calls = {}              # name -> keywords of its first call, the pipeline's
-        for node in ast.walk(ast.parse(code)):
-            if isinstance(node, ast.Call):
-                name = ast.unparse(node.func).split(".")[-1]
-                calls.setdefault(name, {k.arg: k.value for k in node.keywords})
-        switches = calls["pipe"].pop("callback_on_step_end", None)
-        load = {key: ast.literal_eval(value) for key, value in calls["from_pretrained"].items()}
-        call = {key: ast.literal_eval(value) for key, value in calls["pipe"].items()}
-        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, use_safetensors=True, **load)
+        if not folder.is_dir():
+            raise ValueError("no such folder")
+        index = read_index(folder, str(folder))
+        without, call, switches = read_card(folder, index)
+        kind = stock_pipeline(index["_class_name"], str(folder))
+        pipe = kind.from_pretrained(folder, **dict.fromkeys(without), **SAFE)
         pipe.to(dtype)
-    except (OSError, IndexError, KeyError, ValueError, SyntaxError) as e:
-        raise Failure(f"{folder}: not an exported student; give the export/ folder of a finished "
-                      f"run ({str(e).splitlines()[0]})") from e
-    if switches:
-        call["callback_on_step_end"] = expert_switch(pipe, folder, dtype)
+        if switches:
+            call["callback_on_step_end"] = expert_switch(pipe, folder, index, dtype)
+    except Failure as e:
+        raise not_exported(folder, e) from e
+    except Exception as e:                              # every library has its own
+        if is_out_of_memory(e):
+            raise
+        raise not_exported(folder, str(e) or type(e).__name__) from e
     return pipe, call
 
 
-def expert_switch(pipe, folder, dtype):
-    """-> the callback that puts the next step's expert into the pipeline."""
-    facts = json.loads((folder / "experts.json").read_text())
+def not_exported(folder, reason):
+    reason = str(reason).split("\n")[0]
+    return Failure(f"{folder}: not an exported student; give the export/ folder of a finished run "
+                   f"({reason})")
+
+
+def expert_switch(pipe, folder, index, dtype):
+    """-> the callback that puts the next step's expert into the pipeline. Raises ValueError for an
+    experts.json that is none."""
+    facts = read_json(folder / "experts.json")
     name, lengths = facts["network"], facts["steps"]
+    if name not in ("unet", "transformer") or name not in index:
+        raise ValueError(f"experts.json: no network {name}")
+    if not all(type(n) is int and 0 < n <= 1000 for n in lengths):
+        raise ValueError(f"experts.json: steps are {lengths}")
     first = getattr(pipe, name)
     experts = [first]
     for k in range(2, len(lengths) + 1):
-        expert = type(first).from_pretrained(folder, subfolder=f"{name}_{k}")
+        expert = type(first).from_pretrained(folder, subfolder=f"{name}_{k}", use_safetensors=True)
         experts.append(expert.to(dtype))
     after = next_experts(lengths)
 

@@ -3,8 +3,8 @@
 A folder holds safetensors files and manifest.json. The manifest has the facts about the run that
 wrote it, each file's size and SHA-256, and a hash of itself, its seal. The folder is written under
 another name, synced to the disk and then renamed, so a kill or a full disk leaves no half of it. A
-seal is a plain hash: it finds damage, not forgery. Only JSON and safetensors are ever read, neither
-of which runs code.
+seal is a plain hash: it finds damage, not forgery. A checkpoint that an attacker made is read as
+any other; only JSON and safetensors are ever read, neither of which runs code.
 """
 import hashlib
 import json
@@ -15,13 +15,26 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from training.errors import Failure
+from training.errors import Failure, cure_of, number_of
 
 
 def sha256(path):
     """The hash of a file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path):
+    """A file with one JSON object -> dict. Raises OSError or ValueError if it is none."""
+    if Path(path).exists() and not Path(path).is_file():        # a FIFO would be waited for
+        raise ValueError(f"{path} is not a file")
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply")
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return value
 
 
 def sync(path):
@@ -45,37 +58,48 @@ def remove(path):
 
 # ----------------------------------------------------------------------------------------- writing
 
-def write_folder(path, files, facts):
+def on_host(tensors):
+    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+
+
+def write_folder(path, files, facts, gather=on_host):
     """Write tensors {file: {name: tensor}} and a manifest to the folder `path`, all or nothing. It
-    replaces what was there. Raises Failure, naming path and bytes, if the disk is full."""
+    replaces what was there. Raises Failure, naming path and bytes, if it cannot be written.
+
+    gather: brings the tensors of a file to the host, one file after the other: a checkpoint of
+    SDXL's is 57 GiB.
+    """
     path = Path(path)
     tmp = Path(f"{path}.tmp")
     shutil.rmtree(tmp, ignore_errors=True)
     try:
-        _write_files(tmp, files, facts)
+        _write_files(tmp, files, facts, gather)
         remove(path)
         os.rename(tmp, path)
         sync(path.parent)
     except Exception as e:              # of any class: safetensors has its own for a full disk
         shutil.rmtree(tmp, ignore_errors=True)
+        if number_of(e) is None:        # not the disk
+            raise
         size = sum(tensor.numel() * tensor.element_size()
                    for tensors in files.values() for tensor in tensors.values())
-        raise Failure(f"{path}: could not write {size:,} bytes ({e}); free some space, then "
+        raise Failure(f"{path}: could not write {size:,} bytes ({e}); {cure_of(e)}, then "
                       f"--resume auto") from e
 
 
-def _write_files(tmp, files, facts):
+def _write_files(tmp, files, facts, gather):
     """The files, then the manifest, synced to the disk."""
     tmp.mkdir(parents=True)
     stamps = {}
     for name, tensors in files.items():
-        on_host = {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}
-        save_file(on_host, tmp / name)
+        whole = {key: tensor.contiguous() for key, tensor in gather(tensors).items()}
+        save_file(whole, tmp / name)
+        del whole                       # before the next is gathered
         sync(tmp / name)
         stamps[name] = dict(bytes=(tmp / name).stat().st_size, sha256=sha256(tmp / name))
     facts = dict(facts, files=stamps)
     manifest = json.dumps(dict(facts, seal=seal(facts)), indent=1)
-    (tmp / "manifest.json").write_text(manifest)
+    (tmp / "manifest.json").write_text(manifest, encoding="utf-8")
     sync(tmp / "manifest.json")
     sync(tmp)
 
@@ -87,7 +111,7 @@ def verify(path):
     Raises Failure naming the file that is not."""
     path = Path(path)
     try:
-        facts = json.loads((path / "manifest.json").read_text())
+        facts = read_json(path / "manifest.json")
         if facts.pop("seal") != seal(facts):
             raise ValueError
         stamps = facts["files"].items()
@@ -104,7 +128,9 @@ def verify(path):
 def _is_intact(file, stamp):
     """Whether a file has the size and hash of its stamp, and is safetensors."""
     try:
-        if file.stat().st_size != stamp["bytes"] or sha256(file) != stamp["sha256"]:
+        if not file.is_file() or file.stat().st_size != stamp["bytes"]:
+            return False
+        if sha256(file) != stamp["sha256"]:
             return False
         safe_open(file, "pt")                   # raises for a pickle: that has a hash, too
         return True

@@ -2,6 +2,8 @@
 import torch
 
 from discriminators import Head, Heads
+from training.checkpoints import load_checkpoint, newest_checkpoint
+from training.errors import Failure
 from training.networks import autocast
 from training.sharding import shard
 
@@ -62,3 +64,32 @@ def place_heads(args, teacher, heads):
     if teacher.fsdp:
         heads = shard(heads, teacher.fsdp, teacher.device)
     return autocast(heads, teacher.device, args.bf16)
+
+
+# ----------------------------------------------------------------------- --warm-heads (choice)
+
+def refuse_without_heads(args, out, stages, reached):
+    """Raises Failure where --warm-heads has no ADP to start from: found before any model is
+    loaded."""
+    starts_with_adm = stages[:1] == ["adm"] and reached != "adm"
+    if args.warm_heads and starts_with_adm:
+        finished_adp(out)
+
+
+def finished_adp(out):
+    """The newest checkpoint of ADP in --out. Raises Failure if there is none."""
+    path = newest_checkpoint(out.path / "checkpoints", "adp")
+    if path is None:
+        raise Failure(f"--warm-heads: no checkpoint of ADP in {out.path}/checkpoints to take the "
+                      f"heads from; run --stage adp first, or give --no-warm-heads")
+    return path
+
+
+def load_warm_heads(args, out, facts, heads):
+    """Let ADM's heads start as those of ADP's latent discriminator. facts: what ADP's checkpoint
+    must agree in. Raises Failure if there is none, or ADP is not finished there."""
+    path = finished_adp(out)
+    facts = {name: value for name, value in facts.items() if name != "after_adp"}
+    if load_checkpoint(path, facts, dict(heads=heads), ())["iteration"] < args.iterations_adp:
+        raise Failure(f"--warm-heads: ADP is not finished in {path}; finish it with --stage adp "
+                      f"--resume auto, or give its length as --iterations-adp")

@@ -1,34 +1,29 @@
 """Pipelines of diffusers, from a directory or the hub: what one holds, and the whole of it."""
-import json
-from pathlib import Path
+import warnings
 
 import torch
 
-from training.errors import Failure, none_missing
+from training.errors import Failure, first_not_finite, is_out_of_memory, none_missing
+from training.model_index import classes_in, missing_components, read_config, read_index
 from training.ranks import quiet
 
 SAFE = dict(use_safetensors=True, trust_remote_code=False)      # loads nothing that runs
+OPTIONAL = ("text_encoder_3", "tokenizer_3")                    # SD3's T5
 
 
 def pipeline_config(path, folder=""):
     """model_index.json of a pipeline, or the config of the component in one of its folders -> dict.
-    From the disk, or else from the hub. Raises Failure if it is nowhere."""
-    name = f"{folder}/config.json" if folder else "model_index.json"
-    try:
-        if Path(path).exists():
-            return dict(json.loads((Path(path) / name).read_text()))
-        from huggingface_hub import hf_hub_download, logging
-        logging.set_verbosity(logging.CRITICAL)                 # it would tell of each retry
-        return dict(json.loads(Path(hf_hub_download(path, name)).read_text()))
-    except (OSError, ValueError, TypeError) as e:
-        raise Failure(f"--model {path}: no such pipeline, here or on the hub; give a directory "
-                      f"with a model_index.json, or a hub id") from e
+    From the disk, or else from the hub. Raises Failure if it is nowhere, or names what may not be
+    loaded."""
+    if folder:
+        return read_config(path, f"{folder}/config.json", f"--model {path}")
+    return read_index(path, f"--model {path}")
 
 
 def pipeline_class(path, families):
     """The class that a pipeline's model_index.json names. Raises Failure if there is none, or if it
     is none of `families`."""
-    kind = pipeline_config(path).get("_class_name")
+    kind = pipeline_config(path)["_class_name"]
     if kind not in families:
         raise Failure(f"--model {path}: a {kind}; give a {' or a '.join(families)}")
     return kind
@@ -39,12 +34,13 @@ def left_out(args, path, kind):
     SD3's T5."""
     if kind != "StableDiffusion3Pipeline":
         return []
-    config = pipeline_config(path)
-    return [name for name in ("text_encoder_3", "tokenizer_3") if args.no_t5 or not config[name][0]]
+    there = classes_in(pipeline_config(path))
+    return [name for name in OPTIONAL if args.no_t5 or name not in there]
 
 
-def load_pipeline(args, families, default, hollow=None):
-    """The pipeline of --model, frozen, in float32, on the host.
+def load_pipeline(args, families, default, hollow=None, dtype=torch.float32):
+    """The pipeline of --model, frozen, on the host. dtype: of its weights, as they are read: each
+    rank reads them all.
 
     default: its path where --model is not given.
     hollow: "network" for a rank that gets its part of the weights from rank 0: no text encoders,
@@ -55,30 +51,46 @@ def load_pipeline(args, families, default, hollow=None):
     import diffusers
     path = str(args.model or default)
     kind = pipeline_class(path, families)
+    index = pipeline_config(path)
+    needed = ("vae", "scheduler", "tokenizer", "text_encoder", families[kind].network)
+    missing_components(path, index, needed, OPTIONAL, f"--model {path}")
     given = {name: None for name in left_out(args, path, kind)}
-    classes = {}
-    for name, entry in pipeline_config(path).items():
-        if isinstance(entry, list) and entry[0] and name not in given:
-            classes[name] = entry[-1]
-    if hollow:
-        given.update(hollow_parts(path, classes, families[kind].network, hollow))
+    classes = {name: c for name, c in classes_in(index).items() if name not in given}
     extra = dict(add_watermarker=False) if "XL" in kind else {}
     try:
-        given.update(text_encoders(path, {n: c for n, c in classes.items() if n not in given}))
-        pipe = getattr(diffusers, kind).from_pretrained(path, **given, **extra, **SAFE)
-        for name in classes:
-            part = getattr(pipe, name)
-            if name not in given and isinstance(part, torch.nn.Module):
-                none_missing(f"{name}.{k}" for k, p in part.named_parameters() if p.is_meta)
-        pipe.to(torch.float32)
+        if hollow:
+            given.update(hollow_parts(path, classes, families[kind].network, hollow))
+        encoders = {n: c for n, c in classes.items() if n not in given}
+        given.update(text_encoders(path, encoders, dtype))
+        # newer ones call it dtype, older ones know this name alone
+        warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
+        pipe = getattr(diffusers, kind).from_pretrained(path, torch_dtype=dtype, **given, **extra,
+                                                        **SAFE)
+        check_weights(pipe, classes, given)
+        pipe.to(dtype)
     except Exception as e:                                      # every library has its own
-        reason = str(e).split("\n")[0]
+        if is_out_of_memory(e):
+            raise
+        reason = (str(e) or type(e).__name__).split("\n")[0]
         raise Failure(f"--model {path}: not a whole pipeline of safetensors ({reason}); download "
                       f"it again") from e
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()
     return pipe
+
+
+def check_weights(pipe, classes, given):
+    """Raises ValueError unless every weight that was to be loaded was, and is finite."""
+    for name in classes:
+        part = getattr(pipe, name)
+        if not isinstance(part, torch.nn.Module):
+            continue
+        if name not in given:
+            none_missing(f"{name}.{key}" for key, p in part.named_parameters() if p.is_meta)
+        key = first_not_finite(dict(part.named_parameters()))
+        if key:
+            raise ValueError(f"{name}.{key} holds values that are not finite")
 
 
 def hollow_parts(path, classes, network, hollow):
@@ -95,7 +107,7 @@ def hollow_parts(path, classes, network, hollow):
     return parts
 
 
-def text_encoders(path, classes):
+def text_encoders(path, classes, dtype):
     """{component: text encoder}, loaded one by one to hear what a file lacks: transformers draws it
     at random, where diffusers leaves it empty."""
     import transformers
@@ -103,6 +115,6 @@ def text_encoders(path, classes):
     for name, kind in classes.items():
         if name.startswith("text_encoder"):
             encoders[name], told = getattr(transformers, kind).from_pretrained(
-                path, subfolder=name, output_loading_info=True, **SAFE)
+                path, subfolder=name, output_loading_info=True, dtype=dtype, **SAFE)
             none_missing(f"{name}.{key}" for key in told["missing_keys"])
     return encoders

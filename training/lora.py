@@ -1,8 +1,9 @@
 """LoRA adapters that share one frozen base: generator, fake score, real score and the
 discriminator's backbone are then a single copy of the teacher's weights.
 
-The base keeps two entries in its __dict__: "adapted", its layers with adapters, and "adapter", the
-name of the one at work or None.
+The base keeps two entries in its __dict__: "adapted", its layers with adapters, and "at_work", a
+list with the name of the adapter at work, or nothing. All its layers share that one list, so to
+switch the hundreds of them is to change a word.
 """
 import warnings
 from contextlib import contextmanager
@@ -14,19 +15,23 @@ from training.errors import Failure
 from training.sharding import device_of
 
 
+def at_work(base):
+    """The name of the adapter of `base` that works, or None."""
+    names = base.__dict__.get("at_work")
+    return names[0] if names else None
+
+
 def switch(base, name):
     """Put one adapter of `base` to work, or none (None). Not by peft's set_adapter: that turns
     requires_grad of all other adapters off, and a backward pass then skips them, silently."""
-    base.__dict__["adapter"] = name
-    for layer in base.__dict__.get("adapted", ()):
-        layer._disable_adapters = name is None
-        layer._active_adapter = [name]
+    if "at_work" in base.__dict__:
+        base.__dict__["at_work"][:] = [] if name is None else [name]
 
 
 @contextmanager
 def active(base, name):
     """Inside, one adapter of `base` works, or none (None); afterwards, the one that did before."""
-    before = base.__dict__.get("adapter")
+    before = at_work(base)
     switch(base, name)
     try:
         yield
@@ -64,6 +69,9 @@ class Lora(nn.Module):
                                     target_modules=list(targets)), name)
         layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
         base.__dict__["adapted"] = layers
+        base.__dict__["at_work"] = []
+        for layer in layers:            # add_adapter gave each a list of its own
+            layer._active_adapter = base.__dict__["at_work"]
         self.__dict__["base"] = base        # past nn.Module: the base is no part of this module
         self.config = base.config
         self.name = name
@@ -76,7 +84,6 @@ class Lora(nn.Module):
             p.data = p.data.to(device_of(base, p), dtype)
         for p in (*others, *self.parameters()):         # add_adapter froze the others
             p.requires_grad_(True)
-        switch(base, None)
 
     def named_parameters(self, *args, **kwargs):
         """The adapter's parameters, under names that do not have the adapter's own in them."""

@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from training.errors import Failure
-from training.lora import Lora, active, rank_flag
+from training.lora import Lora, active, at_work, rank_flag
 from training.ranks import world
 from training.sharding import blocks_of, copy_of_shards, receive, shard
 
@@ -54,14 +54,44 @@ def autocast(net, device, enabled, method="forward"):
     return net
 
 
+def decode_in_bf16(vae):
+    """Let a VAE decode in bf16 throughout. Under autocast its normalisations, and the activations
+    after them, would be float32: 17 GiB more for four pictures of SDXL in ADP."""
+    vae.to(torch.bfloat16)
+    decode = vae.decode
+
+    def in_bf16(x, *args, **kwargs):
+        return decode(x.to(torch.bfloat16), *args, **kwargs)
+    vae.decode = in_bf16
+    return vae
+
+
+def one_by_one(function):
+    """A function of a batch that gives a tensor or a list of them, made to do each sample alone and
+    to keep nothing for the backward pass, where it does them once more."""
+    def each(batch):
+        parts = []
+        for x in batch.split(1):
+            parts.append(checkpoint(function, x, use_reentrant=False, preserve_rng_state=False,
+                                    determinism_check="none"))
+        if torch.is_tensor(parts[0]):
+            return torch.cat(parts)
+        return [torch.cat(maps) for maps in zip(*parts)]
+    return each
+
+
 def compile_blocks(net, backend):
     """Compile each block by itself, with torch.compile. So hooks stay outside of compiled code, and
-    blocks of one class share theirs. Bound to the block, as in `autocast`."""
+    blocks of one class share theirs. Bound to the block, as in `autocast`.
+
+    Where diffusers says which blocks are repeated, only those: a UNet's ResNets have a dozen
+    shapes, each in half a dozen modes, and beyond the limit torch goes on uncompiled, silently.
+    """
     # one block runs with and without gradients, under each adapter, and on guidance's double batch
     torch._dynamo.config.recompile_limit = 64
     compiled = {}                                               # class of a block -> its forward
     for unit in units_of(net):
-        for block in blocks_of(unit):
+        for block in blocks_of(unit, getattr(unit, "_repeated_blocks", None)):
             kind = type(block)
             if kind not in compiled:
                 compiled[kind] = torch.compile(kind.forward, backend=backend)
@@ -77,14 +107,23 @@ def recompute_activations(net):
 
 def checkpoint_under_adapter(unit):
     """-> the function that diffusers calls in place of a block. It recomputes under the adapter of
-    the forward pass: by the time of the backward pass another may be at work."""
+    the forward pass: by the time of the backward pass another may be at work.
+
+    Without dropout there is no random state to restore, and what a block saves is what it saved
+    before: to look costs the host more than the block.
+    """
+    is_random = any(isinstance(module, torch.nn.Dropout) and module.p > 0
+                    for module in unit.modules())
+    checks = dict(preserve_rng_state=is_random,
+                  determinism_check="default" if is_random else "none")
+
     def checkpointed(block, *args):
-        name = unit.__dict__.get("adapter")
+        name = at_work(unit)
 
         def run_block(*args):
             with active(unit, name):
                 return block(*args)
-        return checkpoint(run_block, *args, use_reentrant=False)
+        return checkpoint(run_block, *args, use_reentrant=False, **checks)
     return checkpointed
 
 
@@ -103,6 +142,7 @@ def full_copy(net):
     if net.__dict__.get("adapted"):
         twin.unload_lora()
         twin.__dict__.pop("adapted")
+        twin.__dict__.pop("at_work")
     return twin
 
 

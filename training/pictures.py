@@ -1,11 +1,12 @@
 """Pictures of a run: sheets of samples, and the curves of its losses."""
 import json
-import sys
 import textwrap
 from contextlib import suppress
 from pathlib import Path
 
 import torch
+
+from training.terminal import warn
 
 
 def pyplot():
@@ -23,7 +24,7 @@ def save_picture(path, figure):
     try:
         figure.savefig(path, dpi=100)
     except OSError as e:
-        print(f"warning: {path}: {e.strerror}; training goes on", file=sys.stderr)
+        warn(f"{path}: {e.strerror}; training goes on")
     plt.close(figure)
 
 
@@ -76,7 +77,7 @@ def save_gif(sheet, name, video):
     try:
         export_to_gif(images, f"{Path(sheet).with_suffix('')}-{name}.gif", fps=8)
     except OSError as e:
-        print(f"warning: {sheet}: {e.strerror}; training goes on", file=sys.stderr)
+        warn(f"{sheet}: {e.strerror}; training goes on")
 
 
 # ------------------------------------------------------------------------------------------ losses
@@ -87,7 +88,7 @@ def logged(folder):
     if not file.exists():
         return []
     entries = []
-    for line in file.read_text().splitlines():
+    for line in file.read_text(encoding="utf-8").split("\n"):
         with suppress(ValueError):              # of a line that a full disk cut short
             entries.append(json.loads(line))
     return entries

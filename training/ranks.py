@@ -5,12 +5,19 @@ Every function here also works without torchrun: then there is one rank and noth
 import os
 import signal
 import sys
+import threading
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from training.errors import AT_ONCE
+from training.errors import AT_ONCE, Failure
+from training.terminal import complain_at_once, tell, warn
+
+HOURS = 6                       # ranks may wait that long: one alone embeds all prompts
+PATIENCE = 20                   # seconds that ranks wait for each other without a word
+TORCHRUN = "start the ranks with torchrun --nproc-per-node RANKS, or leave WORLD_SIZE unset"
 
 
 def world():
@@ -18,6 +25,15 @@ def world():
     if dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def number_of_ranks():
+    """As the environment says, before the ranks have met. Raises ValueError, with the sentence for
+    the user, for what torchrun would not set."""
+    given = os.environ.get("WORLD_SIZE", "1")
+    if not (given.isdecimal() and int(given) > 0):
+        raise ValueError(f"WORLD_SIZE={given}: not a number of ranks; {TORCHRUN}")
+    return int(given)
 
 
 def quiet():
@@ -45,12 +61,28 @@ def start(alone=False):
     if dist.is_initialized():
         return device
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend)
-        # a rank that fails right after this line would break the rendezvous of those still in it
-        barrier()
+        meet(backend)
     elif alone:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device
+
+
+def meet(backend):
+    """Wait until all ranks are here, and make them a group. Raises Failure where they cannot
+    meet."""
+    ranks = number_of_ranks()
+    patience = threading.Timer(PATIENCE, warn, [f"waiting for {ranks} ranks to meet; {TORCHRUN}"])
+    patience.daemon = True
+    patience.start()
+    try:
+        dist.init_process_group(backend, timeout=timedelta(hours=HOURS))
+        # a rank that fails right after this line would break the rendezvous of those still in it
+        barrier()
+    except (RuntimeError, ValueError) as e:
+        reason = str(e).split("\n")[0]
+        raise Failure(f"the {ranks} ranks of WORLD_SIZE cannot meet ({reason}); {TORCHRUN}") from e
+    finally:
+        patience.cancel()
 
 
 def barrier():
@@ -85,30 +117,40 @@ def gather_lists(values):
 
 def goodbye(out):
     """Tell the user that a stopped run can go on. out: Output."""
-    print(f"stopped; everything is in {out.path}; go on with --resume auto")
+    tell(f"stopped; everything is in {out.path}; go on with --resume auto")
 
 
 class StopSignal:
-    """Turns Ctrl-C and SIGTERM into a stop after the running iteration; a second signal ends the
-    process at once.
+    """Turns Ctrl-C, SIGTERM and a closed terminal (SIGHUP) into a stop after the running
+    iteration; a second Ctrl-C or SIGTERM ends the process at once.
 
     bool(stop): has any rank been asked to stop? All ranks must ask together.
     """
 
     def __init__(self):
         self.asked = False
+        self.is_armed = False               # the next Ctrl-C or SIGTERM is the second
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.ask)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:       # nohup has it ignored
+            signal.signal(signal.SIGHUP, self.hang_up)
+
+    def hang_up(self, number, frame):
+        """A closed terminal may signal several times, and torchrun then sends SIGTERM: neither is
+        a user who asks once more."""
+        if not self.asked:
+            complain_at_once("stopping after this iteration")
+        self.asked = True
 
     def ask(self, number, frame):
-        if self.asked:
+        if self.is_armed:
             # not by an exception: a library in the middle of a call may turn it into its own
             if world()[0] == 0:             # torchrun signals all ranks
-                os.write(2, f"\n{Path(sys.argv[0]).name}: {AT_ONCE}\n".encode())
+                complain_at_once(f"{Path(sys.argv[0]).name}: {AT_ONCE}")
             os._exit(1)
         self.asked = True
-        # os.write, because print fails if the signal came inside another print
-        os.write(2, b"\nstopping after this iteration; once more to stop at once\n")
+        self.is_armed = True
+        complain_at_once("stopping after this iteration; once more to stop at once")
 
     def __bool__(self):
         self.asked = any_rank(self.asked)

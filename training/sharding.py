@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -59,10 +58,10 @@ def fsdp_arguments(fsdp, offload, bf16, device):
     return arguments
 
 
-def blocks_of(net):
+def blocks_of(net, kinds=None):
     """The blocks of a network: the modules that diffusers says must stay in one piece, and of those
-    that contain each other the innermost."""
-    names = getattr(net, "_no_split_modules", None) or ()
+    that contain each other the innermost. kinds: names of classes, for other modules."""
+    names = kinds or getattr(net, "_no_split_modules", None) or ()
     found = []
     for module in net.modules():
         if type(module).__name__.removeprefix("FSDP") in names:     # FSDP2 puts that in front
@@ -119,12 +118,25 @@ def materialise(net):
     return net._apply(with_memory)
 
 
+@torch.no_grad()
 def receive(net, weights):
     """Load whole weights {name: tensor} into a sharded network. Only rank 0 needs to have them; the
-    others pass {}."""
+    others pass {}.
+
+    One at a time goes through the device. torch's set_model_state_dict refuses a network of which
+    some weights rest on the host and others on the device.
+    """
     materialise(net)
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(net, weights, options=options)
+    device = net.__dict__["sharded"].device
+    rank, ranks = world()
+    for name, kept in net.state_dict().items():
+        if rank == 0:
+            value = weights[name].to(device, kept.dtype)
+        else:
+            value = torch.empty(kept.shape, dtype=kept.dtype, device=device)
+        if ranks > 1:
+            dist.broadcast(value, 0)
+        put(kept, value)
 
 
 @torch.no_grad()
@@ -167,6 +179,5 @@ def put(p, value):
     """Copy a value, whole or sharded as p is, into a parameter p that may be sharded."""
     if isinstance(p, DTensor) and not isinstance(value, DTensor):
         # without a source rank: each rank has the whole value, and cuts out its own part
-        value = distribute_tensor(value.to(p.device), p.device_mesh, p.placements,
-                                  src_data_rank=None)
+        value = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
     p.copy_(value)

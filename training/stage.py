@@ -1,10 +1,11 @@
 """What the stages of a run share, and the body of their loops: average, log, save, show."""
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from training.checkpoints import load_checkpoint, save_checkpoint
+from training.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
+from training.folders import verify
 from training.ranks import world
 
 
@@ -19,6 +20,7 @@ class Run:
     checkpoint: object      # path of the checkpoint to go on from, or None
     reached: object         # name of that checkpoint's stage, or None
     show: object            # show(file, experts, schedule): draw a picture of the student
+    done: dict = field(default_factory=dict)        # stage -> the generator's iterations so far
 
 
 @dataclass
@@ -32,6 +34,7 @@ class Stage:
     facts: dict             # what a checkpoint must agree in
     experts: list           # [Expert, ...] that draw a sample
     schedule: object        # theirs
+    warm_up: int = 0        # first iterations, in which the generator rests
 
     def checkpointed(self):
         """{name: network}, all that a checkpoint holds."""
@@ -41,9 +44,11 @@ class Stage:
 def begin(run, stage):
     """(genIter, globalIter) to go on from: the checkpoint's, loaded into place, if the run was
     stopped in this stage."""
+    run.done[stage.name] = 0
     if run.reached != stage.name:
         return 0, 0
     found = load_checkpoint(run.checkpoint, stage.facts, stage.checkpointed(), stage.optimizers)
+    run.done[stage.name] = found["iteration"]
     return found["iteration"], found["global_iter"]
 
 
@@ -52,13 +57,14 @@ def follow(run, stage, losses_of_steps, start):
     iteration it goes on from."""
     args, first = run.args, stage.optimizers[0]
     full_rate, began, bar = first.rate, time.time(), None
-    first.rate = rate_at(args, full_rate, start, stage.iterations)
+    first.rate = rate_at(args, full_rate, start, stage)
     for losses in losses_of_steps:
         stage.ema.update()
         i = losses["iteration"]
+        run.done[stage.name] = i
         is_last = i == stage.iterations
         is_stopping = bool(run.stop)
-        first.rate = rate_at(args, full_rate, i, stage.iterations)
+        first.rate = rate_at(args, full_rate, i, stage)
         if world()[0] == 0:
             if bar is None:
                 bar = tqdm(total=stage.iterations, initial=i - 1, desc=stage.name, unit="it",
@@ -78,10 +84,31 @@ def follow(run, stage, losses_of_steps, start):
     return True
 
 
-def rate_at(args, full_rate, iteration, iterations):
-    """The generator's learning rate after so many iterations: with --decay a straight line to
-    zero."""
-    return full_rate * (1 - iteration / iterations) if args.decay else full_rate
+def cure_of_divergence(run):
+    """What to do when a gradient was not finite. The weights that lead there may be in the newest
+    checkpoint, saved after the last step that was: then it has to go."""
+    stage = list(run.done)[-1]                                  # the one at work
+    names = [stage, *reversed(run.stages[:run.stages.index(stage)])]
+    for name in names:
+        path = newest_checkpoint(run.out.path / "checkpoints", name)
+        if path is None:
+            continue
+        reached = verify(path)["iteration"] if name == stage else 0
+        if reached < run.done[stage]:                           # good steps were made since
+            return f"go on from {path} with --resume auto and a lower learning rate"
+        return (f"delete {path}, whose weights lead there, then --resume auto with a lower "
+                f"learning rate")
+    return "delete --out and start again with a lower learning rate"
+
+
+def rate_at(args, full_rate, iteration, stage):
+    """The generator's learning rate after so many iterations: 0 in a warm-up; then, with --decay, a
+    straight line to zero."""
+    if iteration < stage.warm_up:
+        return 0.0
+    if not args.decay:
+        return full_rate
+    return full_rate * (1 - (iteration - stage.warm_up) / (stage.iterations - stage.warm_up))
 
 
 def log(out, name, losses, seconds, bar):

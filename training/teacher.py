@@ -1,18 +1,22 @@
 """The teacher: a pipeline taken apart for distillation, and the embeddings of the prompts."""
 import hashlib
-import sys
 from functools import reduce
 
 import torch
 
 from ode import Schedule, join_batches, sample
+from training.draws import to_device
+from training.errors import Failure, first_not_finite
 from training.folders import open_tensors, write_folder
-from training.networks import autocast, place, recompute_activations, tensors_to
 from training.loading import load_pipeline
+from training.model_checks import clamp_tokenizers, latent_of, schedule_of
+from training.networks import decode_in_bf16, place, recompute_activations, tensors_to
 from training.ranks import barrier, broadcast, world
 from training.sharding import fsdp_arguments
+from training.terminal import warn
 
 SHARD = 256                     # prompts, or pairs, in a file
+AT_ONCE = 2**20                 # pixels of pictures that are decoded together
 
 
 def text_arguments(args):
@@ -35,7 +39,8 @@ class Teacher:
     def __init__(self, args, out, prompts, look_at, device, families, default):
         self.fsdp = fsdp_arguments(args.fsdp, args.cpu_offload, args.bf16, device)
         is_hollow = self.fsdp and world()[0] != 0
-        pipe = load_pipeline(args, families, default, hollow="network" if is_hollow else None)
+        pipe = load_pipeline(args, families, default, hollow="network" if is_hollow else None,
+                             dtype=torch.bfloat16 if args.bf16 else torch.float32)
         self.family = families[type(pipe).__name__]
         self.prompts = prompts
         self.look_at = look_at
@@ -44,9 +49,10 @@ class Teacher:
         self.net = self.family.net_of(pipe)
         self.units = getattr(self.net, "units", [self.net])
         self.backbone = self.units[-1]
-        self.latent = self.family.latent(pipe, self.net, args)
+        self.latent = latent_of(self.family, pipe, self.net, args)
         self.shape = self.latent.shape
-        self.schedule = self.family.schedule(pipe, self.latent).to(device)
+        self.schedule = schedule_of(self.family, pipe, self.latent, args).to(device)
+        clamp_tokenizers(pipe, args)
         self.line = Schedule.straight(self.schedule.T, self.family.last_timestep).to(device)
         self.constant = tensors_to(device, self.family.constant(pipe, self.latent))
         self.drawn = []                                         # prompts of this iteration
@@ -54,12 +60,15 @@ class Teacher:
                           size=[self.latent.height, self.latent.width],
                           text_tokens=args.text_tokens)
         self.embed(args, pipe, out)
+        for name in pipe.components:
+            if name.startswith("text_encoder"):
+                setattr(pipe, name, None)                       # before the network needs the room
         if args.context_parallel > 1:
             self.family.context_parallel(self.net, args.context_parallel)
         for net in self.units:
             place(args, net, self.fsdp, device)
         if args.bf16:
-            autocast(self.vae.to(torch.bfloat16), device, True, "decode")
+            decode_in_bf16(self.vae)
         if args.grad_checkpointing and self.family.last_timestep is not None:
             recompute_activations(self.vae)                     # ADP looks through it
 
@@ -67,7 +76,7 @@ class Teacher:
         """A hash of up to 2,000 values from each of the network's tensors."""
         some = []
         for p in self.net.parameters():
-            some.append(p.detach().flatten()[::1 + p.numel() // 1000])
+            some.append(p.detach().flatten()[::1 + p.numel() // 1000].float())
         if some[0].is_meta:                                     # rank 0 has the weights
             return broadcast(None)
         return broadcast(hashlib.sha256(torch.cat(some).cpu().numpy().tobytes()).hexdigest()[:16])
@@ -98,16 +107,21 @@ class Teacher:
             conds = []
             for i in range(0, len(job.prompts), 64):
                 cond, uncond = self.family.encode(pipe, job.prompts[i:i + 64], self.latent,
-                                                  self.device, **text_arguments(args))
+                                                  self.device, empty=job.is_empty,
+                                                  **text_arguments(args))
                 conds.append(uncond if job.is_empty else cond)
             tensors = flat(reduce(join_batches, conds))
+            wrong = first_not_finite(tensors)
+            if wrong:
+                raise Failure(f"--model {args.model}: its text encoders give values that are not "
+                              f"finite ({wrong} of {job.path.name}); download it again")
             write_folder(job.path, {"embeddings.safetensors": tensors}, self.facts_of(job))
         barrier()
         self.files = {}                                         # number of its first prompt -> file
         for job in jobs:
             file = open_tensors(job.path, self.facts_of(job), "embeddings.safetensors")
             if job.is_empty:
-                self.empty = {name: file.get_tensor(name).to(self.device) for name in file.keys()}
+                self.empty = {name: self.to_device(file.get_tensor(name)) for name in file.keys()}
             else:
                 self.files[job.first] = file
 
@@ -127,8 +141,8 @@ class Teacher:
         prompts = self.prompts + self.look_at
         long = sum(len(pipe.tokenizer(prompt).input_ids) > limit for prompt in prompts)
         if long:
-            print(f"warning: {long} of {len(prompts)} prompts are longer than {limit} tokens and "
-                  f"are cut there", file=sys.stderr)
+            warn(f"{long} of {len(prompts)} prompts are longer than {limit} tokens and are cut "
+                 f"there")
 
     def prompt(self, i):
         """The text of prompt i; those to look at are numbered on after the others."""
@@ -147,8 +161,14 @@ class Teacher:
         tensors = {}
         for name in places[0][0].keys():
             parts = [file.get_slice(name)[i:i + 1] for file, i in places]
-            tensors[name] = torch.cat(parts).to(self.device)
+            tensors[name] = self.to_device(torch.cat(parts))
         return nested(tensors) | self.constant
+
+    def to_device(self, embedding):
+        """An embedding of any type as the network takes it: in float32, if it is a number."""
+        if embedding.is_floating_point():
+            embedding = embedding.float()
+        return to_device(embedding, self.device)
 
     def uncond(self, n):
         """The conditioning of the empty prompt, n times."""
@@ -177,8 +197,12 @@ class Teacher:
         return self.family.decode(self.vae, x0, self.latent)
 
     @torch.no_grad()
-    def images(self, x0, batch=8):
-        """The same on the host, of any number of latents."""
+    def images(self, x0):
+        """The same on the host, of any number of latents: as many at once as have AT_ONCE pixels,
+        since a decoder takes 2 GiB for a megapixel, and 25 for a video of CogVideoX."""
+        batch = min(8, max(1, AT_ONCE // (self.latent.height * self.latent.width)))
+        if self.family.medium == "video":
+            batch = 1
         return torch.cat([self.decode(x.to(self.device)).cpu() for x in x0.split(batch)])
 
 

@@ -1,0 +1,147 @@
+"""The papers' tables on pages of glyphs: Tables 4, 5, 6 and Fig. 3 of ADM, Phased DMD beside SGTS.
+
+    python -m lesson.tables                     # all rows, three seeds; two processes of one thread
+    python -m lesson.tables --rows B3 B4 --seeds 0              # a part of it
+    python -m lesson.tables --scale 0.01 --out out/quick        # does it run?
+
+TABLE
+
+All rows share one setting, lesson/students.py, which was chosen on seeds 10 and 11; no row was
+tuned. What stands in for the paper's backbones: A5's pixel discriminator has a small convolutional
+network that was trained to read noisy pages (for SAM), A2's the same network with the weights it
+was drawn with (for DINOv2). What was tried stands in docs/notebook.md. Writes lesson/results/glyphs.json (row -> lists over seeds) and .png.
+Finished students are kept in --out.
+
+cell, page, tv and diversity are defined in lesson/glyphs.py. seconds are the processor's, of one
+thread, for training alone; those of a row that follows another include that one's. The paper's
+column is HPSv2 of one-step SDXL.
+"""
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from lesson.glyphs import measure
+from lesson.rows import (RESULTS, ROWS, Job, Row, facts_of, kept_pairs, pairs_job,
+                         run_jobs)
+from lesson.students import Setting
+from training.errors import run_main
+from training.pictures import pyplot
+
+COLUMNS = ("cell", "page", "tv", "diversity", "seconds")
+TEACHER = Row("10 second-order steps: its pairs", None, 27.37)
+
+
+def jobs_of(rows, seeds, setting):
+    """The rows, and those they start from, for all seeds: in the order of ROWS, in which no row
+    comes before the one it follows."""
+    needed = {*rows, *(ROWS[name].follows for name in rows)}
+    jobs = [pairs_job(seed, setting) for seed in seeds]
+    for name in ROWS:
+        if name in needed:
+            jobs += [Job(name, seed, setting) for seed in seeds]
+    return jobs
+
+
+def figures_of(out, rows, seeds):
+    """{row: {column: [its value for each seed]}}, the teacher's first: that of its ODE pairs."""
+    found = {"teacher": [dict(measure(kept_pairs(out, seed)[1]), seconds=0.0) for seed in seeds]}
+    for name in sorted(rows):
+        facts = [facts_of(out / Job(name, seed, None).name) for seed in seeds]
+        found[name] = [dict(of_seed["measured"], seconds=of_seed["seconds"]) for of_seed in facts]
+    figures = {}
+    for name, of_seeds in found.items():
+        figures[name] = {}
+        for column in (*COLUMNS, "shares"):
+            figures[name][column] = [of_seed[column] for of_seed in of_seeds]
+    return figures
+
+
+def cell(values, digits):
+    """Mean ± standard deviation of several values, or the one value."""
+    if len(values) > 1:
+        return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+    return f"{values[0]:.{digits}f}"
+
+
+def table(figures):
+    """The table in Markdown: mean over seeds ± standard deviation."""
+    lines = ["| row | | " + " | ".join(COLUMNS) + " | paper, HPSv2 |", "|---" * 8 + "|"]
+    for name, of_row in figures.items():
+        row = ROWS.get(name, TEACHER)
+        cells = [cell(of_row[column], 0 if column == "seconds" else 3) for column in COLUMNS]
+        paper = f"{row.paper:.2f}" if row.paper else ""
+        lines.append(f"| {name} | {row.what} | " + " | ".join(cells) + f" | {paper} |")
+    return "\n".join(lines)
+
+
+def smooth(values, width=20):
+    """Means over `width` values in a row."""
+    return [statistics.mean(values[k:k + width]) for k in range(0, len(values), width)]
+
+
+def save_picture(path, out, rows, seeds, figures):
+    """Pages and shares of all rows, and the DMD loss during ADM, which is recorded and not
+    minimised (Fig. 3)."""
+    figure, (*panels, recorded) = pyplot().subplots(1, 3, figsize=(13, 4.4), layout="constrained")
+    for ax, column in zip(panels, ("page", "tv")):
+        for y, of_row in enumerate(figures.values()):
+            ax.plot(of_row[column], [y] * len(of_row[column]), "o", color="C0", alpha=0.6)
+        ax.set(yticks=range(len(figures)), yticklabels=figures)
+        ax.set_title({"page": "legible pages", "tv": "tv of shares"}[column])
+        ax.invert_yaxis()
+        ax.grid(alpha=0.3)
+    for k, name in enumerate(name for name in ("B1", "B4", "TTUR 8") if name in rows):
+        for seed in seeds:
+            log = facts_of(out / Job(name, seed, None).name)["log"]
+            dmd = smooth([entry["dmd"] for entry in log if "dmd" in entry])
+            recorded.plot([20 * i for i in range(len(dmd))], dmd, color=f"C{k}", alpha=0.7,
+                          label=name if seed == seeds[0] else None)
+        recorded.legend()
+    recorded.set(title="DMD loss during ADM (Fig. 3)", xlabel="iteration", yscale="log")
+    figure.savefig(path, dpi=90)
+
+
+def parse():
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW",
+                   help="of the tables: " + ", ".join(ROWS))
+    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    p.add_argument("--scale", type=float, default=1.0,
+                   help="all iterations and pairs times this, for a quick look")
+    p.add_argument("--processes", type=int, default=2, help="students at a time, a thread each")
+    p.add_argument("--out", type=Path, default=Path("out/tables"),
+                   help="where the students are kept")
+    p.add_argument("--results", type=Path,
+                   help="where figures and picture go (default: lesson/results, and for a part of "
+                        "the rows, other seeds or another scale OUT)")
+    args = p.parse_args()
+    if args.processes < 1 or args.scale <= 0 or min(args.seeds) < 0:
+        p.error("--processes and --scale must be above 0, --seeds 0 or above")
+    complete = (args.rows == p.get_default("rows") and args.seeds == p.get_default("seeds")
+                and args.scale == 1)
+    if args.results is None:
+        args.results = RESULTS if complete else args.out
+    return args
+
+
+def main():
+    args = parse()
+    torch.set_num_threads(1)
+    began = time.time()
+    args.results.mkdir(parents=True, exist_ok=True)
+    setting = Setting().scaled(args.scale)
+    run_jobs(args.out, jobs_of(args.rows, args.seeds, setting), args.processes)
+    figures = figures_of(args.out, args.rows, args.seeds)
+    (args.results / "glyphs.json").write_text(json.dumps(figures, indent=1))
+    print(table(figures))
+    save_picture(args.results / "glyphs.png", args.out, args.rows, args.seeds, figures)
+    print(f"{time.time() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    run_main(main)
