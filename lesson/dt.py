@@ -3,8 +3,6 @@
     python -m lesson.dt                         # T/64, T/16, T/6, T/3; two processes
     python -m lesson.dt --scale 0.01 --out out/quick            # does it run?
 
-TABLE
-
 x_fake and x_real start from the same x_t and differ by dt times the difference of the two scores.
 So the critic's input has a signal that grows with dt, beside a page that does not. The number of
 samples it takes to find the signal grows like 1 / dt^2. The paper has a million samples for T/64,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from safetensors.torch import load_file
 
-from lesson.runs import (RESULTS, ROOT, ROWS, SGTS, WITHOUT_ADP, Job, Row, losses, patched,
+from lesson.runs import (PLAIN, RESULTS, ROOT, ROWS, SGTS, WITHOUT_ADP, Job, Row, losses, patched,
                          result_of, trained)
 from training.errors import run_main
 from training.pictures import pyplot
@@ -32,7 +32,7 @@ LONGER = {"Phased DMD, longer": Row("four steps, two experts, 150 each", "--meth
 FAILURES = {
     "D too strong": Mistake(
         "A5", "--method adp --lr-discriminator 3e-2 --lr-generator-adp 3e-5"),
-    "no ADP": Mistake("B4", WITHOUT_ADP),
+    "no ADP": Mistake("B4", f"{WITHOUT_ADP} {PLAIN}"),
     # a guidance weight counted from the prompt is 1 - w
     "guidance the wrong way round": Mistake("SGTS", f"{SGTS} --guidance -3 -1"),
     "stale fake score": Mistake("SGTS", f"{SGTS} --lr-fake 1e-9"),

@@ -4,13 +4,12 @@
     python -m lesson.tables --rows B3 B4 --seeds 0              # a part of it
     python -m lesson.tables --scale 0.01 --out out/quick        # does it run?
 
-TABLE
-
-All rows share one setting, lesson/students.py, which was chosen on seeds 10 and 11; no row was
-tuned. What stands in for the paper's backbones: A5's pixel discriminator has a small convolutional
-network that was trained to read noisy pages (for SAM), A2's the same network with the weights it
-was drawn with (for DINOv2). What was tried stands in docs/notebook.md. Writes lesson/results/glyphs.json (row -> lists over seeds) and .png.
-Finished students are kept in --out.
+All rows share one setting. It stands in lesson/students.py, with the seeds on which it was chosen;
+no row has one of its own. What was tried stands in docs/notebook.md. What stands in for the paper's
+backbones: the pixel discriminator has a small convolutional network that was trained to read noisy
+pages (for SAM); A2's is the same network with the weights it was drawn with (for DINOv2). A3
+weights the two discriminators 0.7 and 0.3, A4 has the latent one alone. Finished students are kept
+in --out. Writes lesson/results/glyphs.json (row -> lists over seeds) and .png.
 
 cell, page, tv and diversity are defined in lesson/glyphs.py. seconds are the processor's, of one
 thread, for training alone; those of a row that follows another include that one's. The paper's

@@ -27,6 +27,9 @@ SDXL = Embedded(
         pairs=2048, pair_steps=20, pair_guidance=3.0, iterations_adp=2000, iterations_adm=100,
         batch_size=32, decay=True, lr_generator_adp=3e-4, lr_generator=1e-5, lr_fake=1e-3,
         lr_discriminator=1e-3, guidance=[2.0, 4.0], ema=0.98, head_channels=64,
-        pixel_backbone=str(HERE / "sdxl" / "vision_encoder"), sample_every=250, save_every=250),
+        pixel_backbone=str(HERE / "sdxl" / "vision_encoder"), sample_every=250, save_every=250,
+        # few samples: heads that know something already, and a step that shows them more; chosen on
+        # seeds 10 and 11 (docs/notebook.md)
+        warm_heads=True, dt=[64]),
     settings_phased=dict(iterations_phase=150, lr_generator=1e-4, lora_rank=0, accumulate=1),
     report=report)

@@ -171,7 +171,8 @@ kept, prompts = load_file(sys.argv[1]), sys.argv[2:]
 {}
 if sample.dim() == 5:
     sample = sample.transpose(1, 2)
-print((sample * 2 - 1 - kept["images"].clamp(-1, 1)).abs().max().item(), kept["images"].std().item())
+images = kept["images"]
+print((sample * 2 - 1 - images.clamp(-1, 1)).abs().max().item(), images.std().item())
 """
 CALL = "pipe([prompts[i] for i in kept['prompt']], latents=kept['x_T'], output_type='pt', "
 

@@ -27,7 +27,6 @@ CASES = {
                             f"{VIDEO} --method phased_dmd --steps 4 --ttur 2", 1),
     "qwen, ADM by LoRA": (partial(pipelines.qwen, blocks=3),
                           f"--height 64 --width 96 --text-tokens 16 --steps 4 {LORA}", 1),
-    # the last: it makes a process group
     "sd3, ADM offloaded": (partial(pipelines.sd3, blocks=2),
                            "--text-tokens 7 --steps 2 --fsdp --cpu-offload", 2),
 }
@@ -49,7 +48,7 @@ def main():
         build, line, ranks = CASES[name]
         pipe = build()
         family = FAMILIES[type(pipe).__name__]
-        results[name] = simulate.simulate(flags(line), pipe, family, ranks, sam)
+        results[name] = simulate.in_fork(simulate.simulate, flags(line), pipe, family, ranks, sam)
     print(json.dumps(results))
 
 

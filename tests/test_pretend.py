@@ -13,7 +13,7 @@ from tools import bench, bench_rows
 STAGES = {
     "sd3, ADP and ADM": ["pairs", "a picture", "adp", "adm"],
     "sd3, DMD by LoRA": ["pairs", "a picture", "adm"],
-    "sdxl, A1": ["pairs", "a picture", "reflow", "adm"],
+    "sdxl, A1": ["pairs", "a picture", "reflow"],
     "cogvideox, ADM": ["pairs", "a picture", "adm"],
     "wan 2.2, Phased DMD": ["pairs", "a picture", "phase1", "phase2"],
     "qwen, ADM by LoRA": ["pairs", "a picture", "adm"],

@@ -8,6 +8,10 @@ here is a measurement, and whoever prints one says "simulated".
 torch's FakeTensorMode works out shapes and devices, and tools/guard.py makes a build of torch
 without CUDA believe in the device. A process that pretends does nothing else.
 """
+import gc
+import json
+import os
+import tempfile
 import traceback
 import weakref
 from collections import Counter
@@ -86,6 +90,32 @@ def to_list(tensor):
     if tensor.is_floating_point():
         return [i / len(tensor) for i in range(len(tensor))]
     return [1] * len(tensor)
+
+
+def in_fork(function, *args, tries=4):
+    """function(*args), whose result JSON can hold, in a fork of this process, which must not have
+    run a backward pass yet. Anew if the fork crashes: the cache of torch 2.13's fake tensors does,
+    now and then. Raises OSError if it does each time, or if the function raises."""
+    for _ in range(tries):
+        with tempfile.TemporaryDirectory() as folder:
+            answer = Path(folder) / "answer.json"
+            child = os.fork()
+            if child == 0:
+                code = 1
+                try:
+                    gc.disable()                    # collecting fake tensors is part of the crash
+                    answer.write_text(json.dumps(function(*args)))
+                    code = 0
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    os._exit(code)
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            if status == 0:
+                return json.loads(answer.read_text())
+            if status > 0:
+                raise OSError("the simulation failed; its traceback is above")
+    raise OSError(f"the simulation crashed {tries} times, by signal {-status}")
 
 
 class Pretended:
@@ -207,7 +237,7 @@ class Watch(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.sizes = {}         # of live storages
+        self.sizes = {}         # storage -> [its bytes, live tensors on it]
         self.live = 0
         self.host = 0
         self.reset()
@@ -276,7 +306,8 @@ class Watch(TorchDispatchMode):
     def count(self, func, args, kwargs, out):
         made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
         for tensor in made:
-            self.hold(tensor)
+            if isinstance(tensor, FakeTensor):
+                self.hold(tensor)
         if is_view(func):
             return
         read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
@@ -292,23 +323,28 @@ class Watch(TorchDispatchMode):
         self.seconds += max(flop / FLOP_PER_SECOND, size / BYTES_PER_SECOND)
 
     def hold(self, tensor):
+        """Count a tensor's storage until the last tensor on it is gone."""
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self.sizes:
-            return
         is_host = tensor.device.type == "cpu"
+        weakref.finalize(tensor, self.let_go, key, is_host)
+        if key in self.sizes:
+            self.sizes[key][1] += 1
+            return
         size = -(-storage.nbytes() // 512) * 512                # CUDA's blocks
-        self.sizes[key] = size
+        self.sizes[key] = [size, 1]
         if is_host:
             self.host += size
             self.host_peak = max(self.host_peak, self.host)
         else:
             self.live += size
             self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self.let_go, key, is_host)
 
     def let_go(self, key, is_host):
-        size = self.sizes.pop(key, 0)
+        self.sizes[key][1] -= 1
+        if self.sizes[key][1] > 0:
+            return
+        size, _ = self.sizes.pop(key)
         if is_host:
             self.host -= size
         else:

@@ -5,7 +5,7 @@ In a process of its own, which tools.dry_run starts:
 
     python -m tools.simulate MEDIUM < FLAGS.json        # the flags as JSON; prints JSON
 """
-from tools.pretend import DEVICE, pretended, process_group      # first: before torch
+from tools.pretend import DEVICE, in_fork, pretended, process_group      # first: before torch
 
 import json
 import sys
@@ -185,7 +185,7 @@ def main():
     families = of_medium(medium)
     default = embedded.SDXL.folder if medium == "image" else None
     pipe = load_pipeline(args, families, default, hollow="all")
-    stages = simulate(args, pipe, families[type(pipe).__name__], args.dry_run)
+    stages = in_fork(simulate, args, pipe, families[type(pipe).__name__], args.dry_run)
     print(json.dumps(stages))
 
 

@@ -209,9 +209,11 @@ def parse(doc, families, embedded):
         if known.method == "phased_dmd":
             p.set_defaults(**embedded.settings_phased)
     if known.method != "dmdx":                  # what a model's own settings say of ADM
+        p.set_defaults(warm_heads=False, dt=None)
+    if known.method not in ("dmdx", "dmd"):
+        p.set_defaults(warm_up=0)
+    if known.steps > 1:                         # no ADP, whose heads could be taken over
         p.set_defaults(warm_heads=False)
-        if known.method != "dmd":
-            p.set_defaults(warm_up=0)
     if family is not None and family.always:
         p.set_defaults(**family.always)
     args, unknown = p.parse_known_args()

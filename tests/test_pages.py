@@ -1,0 +1,117 @@
+"""The pages are true: their commands parse, what they name exists, and the figures that a result
+file holds are the ones that are printed."""
+import importlib
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from cli import ROOT
+from families.family import of_medium
+from teachers import embedded
+from training.flags import parser_of
+
+PAGES = sorted([ROOT / "README.md", ROOT / "lesson" / "README.md", *(ROOT / "docs").glob("*.md")])
+name_of = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def commands_of(page):
+    """Lines of a page's bash blocks and its inline `python ...` code, continued ones joined."""
+    text = page.read_text(encoding="utf-8")
+    found = []
+    for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
+        found += block.replace("\\\n", " ").splitlines()
+    found += re.findall(r"`(python [^`]+)`", text)
+    commands = []
+    for line in found:
+        line = line.split("#")[0].split(" && ")[-1].strip()
+        if line.startswith(("python ", "torchrun ")):
+            commands.append(shlex.split(line))
+    return commands
+
+
+def words_after(command, name):
+    return [word for word in command[command.index(name) + 1:] if word != "..."]
+
+
+def check_training(command, script):
+    medium, default = ("image", embedded.SDXL) if script == "train_sdxl.py" else ("video", None)
+    parser = parser_of("", of_medium(medium), default)
+    parser.parse_args(words_after(command, script))
+
+
+def check_module(command):
+    """A module's own parser is made when it runs: its flags must stand in its source."""
+    name = command[command.index("-m") + 1]
+    if name == "pytest":
+        return
+    source = Path(importlib.import_module(name).__file__).read_text(encoding="utf-8")
+    for flag in [word for word in words_after(command, name) if word.startswith("--")]:
+        assert f'"{flag}"' in source or f'"{flag[2:]}"' in source, (name, flag)
+
+
+@name_of
+def test_every_command_parses(page):
+    for command in commands_of(page):
+        scripts = [word for word in command if word in ("train_sdxl.py", "train_cogvideox.py")]
+        if scripts:
+            check_training(command, scripts[0])
+        elif "-m" in command:
+            check_module(command)
+        else:
+            assert (ROOT / command[1]).exists(), command
+
+
+@name_of
+def test_every_link_and_picture_is_there(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+@name_of
+def test_every_file_named_is_there(page):
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(r"`([\w/]+\.(?:py|diff|json|txt))`", text):
+        written_by_a_run = name in ("experts.json", "result.json", "model_index.json",
+                                    "prompts.txt", "manifest.json")
+        places = [ROOT / name, page.parent / name, ROOT / "lesson" / "results" / name]
+        assert written_by_a_run or any(place.exists() for place in places), name
+
+
+def test_every_symbol_of_the_lesson_exists():
+    """A `Code:` paragraph names a file and symbols of it."""
+    text = (ROOT / "lesson" / "README.md").read_text(encoding="utf-8")
+    paragraphs = re.findall(r"^Code: (.*?)\n\n", text, re.DOTALL | re.MULTILINE)
+    assert len(paragraphs) >= 8
+    for paragraph in paragraphs:
+        module = None
+        for name in re.findall(r"`([^`]+)`", paragraph.split("Picture:")[0]):
+            if name.endswith(".py"):
+                module = importlib.import_module(name[:-3].replace("/", "."))
+                continue
+            found = module
+            for part in name.split("."):
+                found = getattr(found, part, None) or getattr(module.Schedule, part)
+            assert found is not None, (paragraph, name)
+
+
+def test_the_readme_is_a_page_that_gets_read():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    assert len(text.split()) <= 1500
+
+
+def test_the_ablations_printed_are_those_that_ship():
+    """Mean and deviation of each row of docs/results.md, from lesson/results/ablations.json."""
+    from statistics import mean, stdev
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    rows = json.loads((ROOT / "lesson" / "results" / "ablations.json").read_text())
+    assert len(rows) >= 14
+    for name, figures in rows.items():
+        line = re.search(rf"^\| {re.escape(name)} \|.*$", text, re.MULTILINE)[0]
+        for key in ("accuracy", "coverage_tv", "precision", "diversity"):
+            values = figures[key]
+            assert f"{mean(values):.3f} ± {stdev(values):.3f}" in line, (name, key)
