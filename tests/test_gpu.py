@@ -350,8 +350,8 @@ def test_ranks_wait_for_hours(monkeypatch):
 
 # -------------------------------------------------------------------------------------- threads
 
-def test_threads_are_the_idle_cores_less_one(monkeypatch):
-    for cores, load, expected in ((2, 0.1, 1), (2, 3.0, 1), (16, 0.2, 15), (16, 8.4, 7), (1, 0, 1)):
+def test_threads_are_the_idle_cores(monkeypatch):
+    for cores, load, expected in ((2, 0.1, 2), (2, 1.1, 1), (2, 3.0, 1), (16, 8.4, 8), (1, 0, 1)):
         assert threads.idle(cores, load) == expected, (cores, load)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     set_to = []

@@ -7,30 +7,12 @@ import pytest
 from safetensors import safe_open
 
 import pipelines
-from cli import ROOT, Run, stock_difference, succeeded
+from cli import Run, stock_difference, succeeded
 from lesson.runs import HACKS, patched
 from sdxl import QUICK, command
 from teachers.shapes import CAPTIONS
 from training.errors import Failure
 
-# in the child: forget the modules it was forked with, and be `python FILE FLAGS`, or `python -m
-# MODULE FLAGS`, in the changed copy
-SCRIPT = """
-import runpy, sys
-from pathlib import Path
-root = Path({root!r})
-for name, module in list(sys.modules.items()):
-    file = getattr(module, "__file__", None)
-    if file and root in Path(file).parents and root / "tests" not in Path(file).parents:
-        del sys.modules[name]
-sys.path.insert(0, {folder!r})
-sys.argv = {argv!r}
-if sys.argv[0] == "-m":
-    sys.argv = sys.argv[1:]
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-else:
-    runpy.run_path({folder!r} + "/" + sys.argv[0], run_name="__main__")
-"""
 RING = ["-m", "lesson.ring", "--iterations", "3", "--batch-size", "16", "--samples", "2000",
         "--out"]
 
@@ -48,10 +30,12 @@ def changed_copy(tmp_path, diff):
 
 @pytest.fixture
 def hacked(tmp_path):
+    """hacked(diff, FILE or "-m", MODULE, flags...): run it in the changed copy."""
     def run(diff, *argv):
         folder = changed_copy(tmp_path, diff)
-        script = SCRIPT.format(root=str(ROOT), folder=str(folder), argv=list(map(str, argv)))
-        return succeeded(Run("-c", script).wait())
+        if argv[0] != "-m":
+            argv = (folder / argv[0], *argv[1:])
+        return succeeded(Run(*argv, folder=folder).wait())
     return run
 
 

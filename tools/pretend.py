@@ -92,7 +92,7 @@ def to_list(tensor):
     return [1] * len(tensor)
 
 
-def in_fork(function, *args, tries=4):
+def in_fork(function, *args, tries=8):
     """function(*args), whose result JSON can hold, in a fork of this process, which must not have
     run a backward pass yet. Anew if the fork crashes: the cache of torch 2.13's fake tensors does,
     now and then. Raises OSError if it does each time, or if the function raises."""
@@ -104,7 +104,7 @@ def in_fork(function, *args, tries=4):
                 code = 1
                 try:
                     gc.disable()                    # collecting fake tensors is part of the crash
-                    answer.write_text(json.dumps(function(*args)))
+                    answer.write_text(json.dumps(function(*args)), encoding="utf-8")
                     code = 0
                 except BaseException:
                     traceback.print_exc()
@@ -112,7 +112,7 @@ def in_fork(function, *args, tries=4):
                     os._exit(code)
             status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             if status == 0:
-                return json.loads(answer.read_text())
+                return json.loads(answer.read_text(encoding="utf-8"))
             if status > 0:
                 raise OSError("the simulation failed; its traceback is above")
     raise OSError(f"the simulation crashed {tries} times, by signal {-status}")

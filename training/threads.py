@@ -8,8 +8,8 @@ from training.terminal import tell
 
 
 def idle(cores, load):
-    """Cores that nobody uses, less one; at least 1. load: jobs that run already."""
-    return max(1, round(cores - load) - 1)
+    """Cores that nobody uses; at least 1. load: jobs that run already."""
+    return max(1, round(cores - load))
 
 
 def choose(device):
