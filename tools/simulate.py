@@ -95,10 +95,17 @@ class PretendedTeacher(Teacher):
 
 
 def vision_encoder(path, device=None):
-    """In the place of the one at --pixel-backbone: SAM ViT-B."""
-    from transformers import SamVisionConfig, SamVisionModel
+    """In the place of the one at --pixel-backbone, with random weights: of the structure that a
+    local folder says, else SAM ViT-B."""
+    from transformers import AutoConfig, Dinov2Model, SamVisionConfig, SamVisionModel
+    config, kind = SamVisionConfig(), SamVisionModel
+    if Path(path).exists():
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        if config.model_type == "dinov2":
+            kind = Dinov2Model
+        config = getattr(config, "vision_config", config)
     with torch.device(device):
-        return SamVisionModel(SamVisionConfig())
+        return kind(config)
 
 
 def pairs_of(args, out, teacher):
@@ -182,6 +189,7 @@ def simulate(args, pipe, family, ranks=1, encoder=vision_encoder):
 def main():
     medium = sys.argv[1]
     args = SimpleNamespace(**json.load(sys.stdin))
+    args.warm_heads = False                     # there is no ADP to take them from
     families = of_medium(medium)
     default = embedded.SDXL.folder if medium == "image" else None
     pipe = load_pipeline(args, families, default, hollow="all")
