@@ -4,15 +4,16 @@
     python -m lesson.adm --dt 16                # D looks 16 times below t: the paper's T/64
     python -m lesson.adm --scale 0.01           # a hundredth of all iterations: does it run?
 
-Seed 0, as lesson.tables trained it (1,200 iterations of A1 and ADP, then 300; on a loaded machine;
-ADM and DMD from the teacher are still to be measured at this setting):
+Seed 0, on two cores with other jobs beside it for a part of the time, 414 s:
 
                                 cell    page      tv  diversity  CPU seconds
     teacher, 10 steps          0.996   0.967   0.019      0.842
-    A1: squared error          0.836   0.188   0.043      0.845           59
-    ADP                        0.881   0.310   0.041      0.847          199
-    ADP, then DMD              0.900   0.369   0.093      0.825          245
-    DMDX: ADP, then ADM        0.886   0.329   0.044      0.841          273
+    A1: squared error          0.836   0.188   0.043      0.845           51
+    ADP                        0.881   0.310   0.041      0.847          178
+    ADM from the teacher       0.592   0.008   0.187      0.828          118
+    DMD from the teacher       0.777   0.092   0.138      0.813           71
+    ADP, then DMD              0.900   0.369   0.093      0.825          219
+    DMDX: ADP, then ADM        0.886   0.329   0.044      0.841          248
 
 The world, its reader and what the columns mean stand in lesson/glyphs.py, the setting in
 lesson/students.py. Writes adm.png, pages to read with the naked eye and the shares of the glyphs on
