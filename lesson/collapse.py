@@ -22,7 +22,7 @@ import torch
 
 from lesson.dt import dt_of, label_of
 from lesson.glyphs import SHARES
-from lesson.rows import RESULTS, Job, facts_of, pairs_job, run_jobs
+from lesson.rows import RESULTS, Job, add_run_flags, facts_of, pairs_job, run_jobs
 from lesson.students import Setting
 from lesson.tables import smooth
 from training.errors import run_main
@@ -94,11 +94,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--scale", type=float, default=1.0,
-                   help="all iterations and pairs times this, for a quick look")
-    p.add_argument("--processes", type=int, default=2, help="students at a time, a thread each")
-    p.add_argument("--out", type=Path, default=Path("out/tables"),
-                   help="where the students are kept")
+    add_run_flags(p)
     p.add_argument("--results", type=Path,
                    help="where figures and picture go (default: lesson/results, and for another "
                         "scale OUT)")

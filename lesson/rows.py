@@ -78,6 +78,15 @@ class Job(NamedTuple):
         return [f"seed{self.seed}/pairs"] if row.pairs else []
 
 
+def add_run_flags(p):
+    """The flags of every script that trains and keeps students."""
+    p.add_argument("--scale", type=float, default=1.0,
+                   help="all iterations and pairs times this, for a quick look")
+    p.add_argument("--processes", type=int, default=2, help="students at a time, a thread each")
+    p.add_argument("--out", type=Path, default=Path("out/tables"),
+                   help="where the students are kept")
+
+
 def pairs_job(seed, setting):
     return Job("pairs", seed, setting, pairs=True)
 

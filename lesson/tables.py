@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from lesson.glyphs import measure
-from lesson.rows import (RESULTS, ROWS, Job, Row, facts_of, kept_pairs, pairs_job,
+from lesson.rows import (RESULTS, ROWS, Job, Row, add_run_flags, facts_of, kept_pairs, pairs_job,
                          run_jobs)
 from lesson.students import Setting
 from training.errors import run_main
@@ -110,11 +110,7 @@ def parse():
     p.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW",
                    help="of the tables: " + ", ".join(ROWS))
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    p.add_argument("--scale", type=float, default=1.0,
-                   help="all iterations and pairs times this, for a quick look")
-    p.add_argument("--processes", type=int, default=2, help="students at a time, a thread each")
-    p.add_argument("--out", type=Path, default=Path("out/tables"),
-                   help="where the students are kept")
+    add_run_flags(p)
     p.add_argument("--results", type=Path,
                    help="where figures and picture go (default: lesson/results, and for a part of "
                         "the rows, other seeds or another scale OUT)")

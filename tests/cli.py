@@ -150,6 +150,21 @@ def failed(done, code, *words):
         assert word in lines[0], (word, lines[0])
 
 
+def in_background(waiting):
+    """-> a decorator for tests that wait for several runs: they are done in the background, two at
+    a time, from the moment the first is asked for. waiting: {name: test}, filled by it, for a
+    fixture `background` that starts them by two_at_a_time."""
+    def long(test):
+        waiting[test.__name__] = test
+
+        def wait(background):
+            background[test.__name__].result()
+        wait.__name__ = test.__name__
+        wait.__doc__ = test.__doc__
+        return wait
+    return long
+
+
 @contextmanager
 def two_at_a_time(jobs):
     """{name: (function, arguments)} -> {name: future}, worked off in the background in this order;

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import pipelines
-from cli import ROOT, Run, failed, succeeded, two_at_a_time
+from cli import ROOT, Run, failed, in_background, succeeded, two_at_a_time
 from sdxl import LIGHT, appears, command, same, start, train, weights
 from training.export import load_student
 from training.folders import verify
@@ -18,18 +18,7 @@ from training.folders import verify
 ADM = (*LIGHT, "--stage", "adm", "--iterations", "2", "--save-every", "1")
 ENDLESS = ("--iterations", "1000000", "--save-every", "1000000")
 LONG = {}
-
-
-def long(test):
-    """This test waits for several runs: it is done in the background, two at a time, from the
-    moment the first is asked for."""
-    LONG[test.__name__] = test
-
-    def wait(background):
-        background[test.__name__].result()
-    wait.__name__ = test.__name__
-    wait.__doc__ = test.__doc__
-    return wait
+long = in_background(LONG)
 
 
 @pytest.fixture(scope="module")

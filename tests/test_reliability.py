@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from cli import Run, failed, succeeded, two_at_a_time
+from cli import Run, failed, in_background, succeeded, two_at_a_time
 from families.family import of_medium
 from families.vision import load_vision_encoder
 from kills import finish, punish
@@ -38,18 +38,7 @@ from training.output import Output
 from training.pairs import load_pairs
 
 LONG = {}
-
-
-def long(test):
-    """This test waits for several runs: it is done in the background, two at a time, from the
-    moment the first is asked for."""
-    LONG[test.__name__] = test
-
-    def wait(background):
-        background[test.__name__].result()
-    wait.__name__ = test.__name__
-    wait.__doc__ = test.__doc__
-    return wait
+long = in_background(LONG)
 
 
 @pytest.fixture(scope="session")
