@@ -113,68 +113,6 @@ def released():
         }
 
 
-# ------------------------------------------------------------------------------- whole pipelines
-
-def image_vae(channels):
-    from diffusers import AutoencoderKL
-    return AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=1024,
-        latent_channels=channels, down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4, use_quant_conv=channels == 4,
-        use_post_quant_conv=channels == 4)
-
-
-def parts_of(name):
-    """(class of the VAE, its arguments, scheduler, names of the pipeline's components that read
-    text) of a released model."""
-    import diffusers
-    texts = ["tokenizer", "text_encoder"]
-    if name == "SDXL":
-        scheduler = diffusers.EulerDiscreteScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-        return image_vae, dict(channels=4), scheduler, [*texts, "tokenizer_2", "text_encoder_2"]
-    if name.startswith("SD3"):
-        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-        return image_vae, dict(channels=16), scheduler, [
-            *texts, "tokenizer_2", "text_encoder_2", "tokenizer_3", "text_encoder_3"]
-    if name.startswith("CogVideoX"):
-        vae = dict(block_out_channels=(128, 256, 256, 512), layers_per_block=3, latent_channels=16,
-                   down_block_types=("CogVideoXDownBlock3D",) * 4,
-                   up_block_types=("CogVideoXUpBlock3D",) * 4)
-        scheduler = diffusers.CogVideoXDDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-            prediction_type="v_prediction", rescale_betas_zero_snr=True,
-            snr_shift_scale=3.0 if name.endswith("2b") else 1.0, timestep_spacing="trailing")
-        return diffusers.AutoencoderKLCogVideoX, vae, scheduler, texts
-    if name.startswith("Wan"):
-        scheduler = diffusers.UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-        return diffusers.AutoencoderKLWan, {}, scheduler, texts
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, base_image_seq_len=256,
-        max_image_seq_len=8192, shift_terminal=0.02)
-    return diffusers.AutoencoderKLQwenImage, {}, scheduler, texts
-
-
-def pipeline_of(name):
-    """A released model as a diffusers pipeline that has no weights (its networks are on the meta
-    device) and reads no text. Wan2.2-14B is Wan2.1-14B twice."""
-    import diffusers
-    is_double = name == "Wan2.2-14B"
-    single = "Wan2.1-14B" if is_double else name
-    make_vae, arguments, scheduler, texts = parts_of(name)
-    model = released()[single]
-    parts = dict.fromkeys(texts)
-    with torch.device("meta"):
-        parts["vae"] = make_vae(**arguments)
-    parts["unet" if name == "SDXL" else "transformer"] = model.net
-    if is_double:
-        parts |= dict(transformer_2=released()[single].net, boundary_ratio=0.875)
-    if name == "SDXL":
-        parts["add_watermarker"] = False
-    return getattr(diffusers, model.pipeline)(scheduler=scheduler, **parts)
-
-
 def main():
     for name, model in released().items():
         size = sum(p.numel() for p in model.net.parameters())
