@@ -51,6 +51,7 @@ from training.show import pictures
 from training.stage import Run, Stage, begin, cure_of_divergence, follow
 from training.teacher import Teacher
 from training.terminal import tell
+from training.tracking import report_of
 
 
 def run_adp(run, generator, ema, facts):
@@ -243,6 +244,7 @@ def distil(run, families, default):
         return None
     experts, schedule = done
     samples = run.show("samples.png", experts, schedule)
+    run.report.picture(*list(run.done.items())[-1], out.path / "samples.png")
     wrong = first_not_finite(samples or {})
     if wrong:
         raise Failure(f"the student's {wrong} are not finite, so nothing was exported; look at its "
@@ -279,10 +281,12 @@ def main(doc, medium, default=None):
     checkpoint, reached = checkpoint_to_resume(args, out, stages)
     refuse_without_heads(args, out, stages, reached)
     out.clean()
+    report = report_of(args, out, stages)       # what its tracker refuses is told now
     if "adp" in stages and reached != "adm":
         load_vision_encoder(args.pixel_backbone)    # what is wrong with it is told before the pairs
     teacher = Teacher(args, out, prompts, look_at, device, families, path)
-    run = Run(args, out, teacher, stop, stages, checkpoint, reached, pictures(args, out, teacher))
+    run = Run(args, out, teacher, stop, stages, checkpoint, reached, pictures(args, out, teacher),
+              report=report)
     try:
         table = distil(run, families, default)
     except NotFinite as e:
@@ -290,6 +294,8 @@ def main(doc, medium, default=None):
         lines = [f"{i + 1} ({textwrap.shorten(prompts[i], 40)})" for i in drawn]
         raise Failure(f"{teacher.at}: {e}; {cure_of_divergence(run)}, or look at its prompts, by "
                       f"line: {', '.join(lines)}")
+    finally:
+        report.finish()
     if table is None or world()[0] != 0:
         return
     seconds = time.time() - began

@@ -29,6 +29,8 @@ CASES = {
                           f"--height 64 --width 96 --text-tokens 16 --steps 4 {LORA}", 1),
     "sd3, ADM offloaded": (partial(pipelines.sd3, blocks=2),
                            "--text-tokens 7 --steps 2 --fsdp --cpu-offload", 2),
+    "sd3, ADM offloaded, alone": (partial(pipelines.sd3, blocks=2),
+                                  "--text-tokens 7 --steps 2 --cpu-offload", 1),
 }
 
 

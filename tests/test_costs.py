@@ -17,8 +17,8 @@ from cli import ROOT, Run, succeeded
 from discriminators import Discriminator
 from families import cogvideox, sd3
 from ode import Schedule
-from tools import bench
-from tools.dry_run import blank_prompt, passes, saved_bytes
+from tools import bench, bench_loops
+from tools.passes import blank_prompt, passes, saved_bytes
 from training.draws import Draws
 from training.heads import heads_for
 
@@ -73,8 +73,9 @@ def test_the_loop_runs_the_passes_it_needs(kind):
         return                  # weights learn in the middle of a graph
 
     def literal_iteration():
-        bench.literal(generator=generator, scores=scores, discriminator=discriminator,
-                      optimizers=optimizers, schedule=schedule, draws=draws, cond=cond, uncond=cond)
+        bench_loops.literal(generator=generator, scores=scores, discriminator=discriminator,
+                            optimizers=optimizers, schedule=schedule, draws=draws, cond=cond,
+                            uncond=cond)
 
     literal = count(literal_iteration)
     # 17 passes of the network's size against 14, and the heads
@@ -130,7 +131,7 @@ class Here:
 
 def bench_of(monkeypatch, tmp_path, name, config, shape, *flags):
     """tools/bench.py in this process, on networks smaller than its own -> its result."""
-    monkeypatch.setattr(bench, "SMALL", {name: bench.Small(config, shape)})
+    monkeypatch.setitem(bench_loops.SMALL, name, bench_loops.Small(config, shape))
     monkeypatch.setattr(bench.multiprocessing, "get_context", lambda kind: Here())
     quick = "--repeat 1 --batch-size 1 --head-channels 8".split()
     monkeypatch.setattr(sys, "argv", ["bench.py", "--models", name, *quick, "--out", str(tmp_path),
@@ -149,8 +150,17 @@ def test_bench_prints_and_writes_its_table(tmp_path, monkeypatch):
 
 
 def test_bench_of_adp(tmp_path, monkeypatch):
+    """It holds what ADP holds: there is no fake score."""
+    trained, real = [], bench_loops.trainable
+
+    def trainable(args, teacher, name, rank):
+        trained.append(name)
+        return real(args, teacher, name, rank)
+
+    monkeypatch.setattr(bench_loops, "trainable", trainable)
     result = bench_of(monkeypatch, tmp_path, "SDXL", dict(
         block_out_channels=(32, 32, 64), attention_head_dim=(1, 1, 2),
         transformer_layers_per_block=(1, 1, 1), cross_attention_dim=32,
         projection_class_embeddings_input_dim=6 * 256 + 32), (4, 8, 8), "--stage", "adp")
     assert result["lean"] > 0 and result["flop"] > 1e6 and "floor" not in result
+    assert trained == ["generator"]

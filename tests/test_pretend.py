@@ -18,6 +18,7 @@ STAGES = {
     "wan 2.2, Phased DMD": ["pairs", "a picture", "phase1", "phase2"],
     "qwen, ADM by LoRA": ["pairs", "a picture", "adm"],
     "sd3, ADM offloaded": ["pairs", "a picture", "adm"],
+    "sd3, ADM offloaded, alone": ["pairs", "a picture", "adm"],
 }
 # of an iteration: each step of an optimizer looks whether its gradient is finite
 WAITS = dict(adp=3, reflow=1, adm=3, phase1=3, phase2=3)
@@ -65,6 +66,9 @@ def test_pretend_an_iteration_waits_for_its_gradients_norms_alone(seen, case):
 PLANTED = """
 from tools import pretend
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Shard
+pretend.process_group()
 with pretend.pretended() as watch:
     x = torch.ones(4, 4, device="cuda", requires_grad=True)
     (x @ x).sum().backward()
@@ -85,8 +89,22 @@ with pretend.pretended() as watch:
     before = watch.live
     big = torch.zeros(2**20, device="cuda")
     assert watch.peak - before == 2**22
-    del big
+    big.untyped_storage().resize_(0)                # as FSDP2 frees what it has gathered
     assert watch.live == before
+    big.untyped_storage().resize_(2**22)
+    assert watch.live - before == 2**22
+    hollow = torch.zeros(2**20, device="meta")
+    assert watch.live - before == 2**22
+    mesh = pretend.with_values(dist.init_device_mesh, "cuda", (1,))
+    part = DTensor.from_local(big, mesh, [Shard(0)])
+    moment = torch.zeros_like(part)
+    assert watch.live - before == 2 * 2**22
+    del part, moment
+    del big
+    assert watch.live == before and watch.copied == 0
+    there = torch.ones(4).to("cuda")
+    there.copy_(torch.ones(4)), there.cpu(), there.double()
+    assert watch.copied == 3 * 16
 print("seen")
 """
 
@@ -95,11 +113,24 @@ def test_pretend_sees_what_was_planted():
     assert child("-c", PLANTED) == "seen\n"
 
 
+FAILS = """
+from tools.pretend import in_fork
+try:
+    in_fork(int, "x")
+except OSError as error:
+    print(error)
+"""
+
+
+def test_pretend_says_why_a_simulation_failed():
+    assert child("-c", FAILS).startswith("the simulation failed: ValueError: invalid literal")
+
+
 def test_pretend_the_first_ten_minutes_reach_their_end(tmp_path):
     """A row that fails is a row, and those after it are run."""
     rows = [bench_rows.Row("of no model", "--models none", 60),
             bench_rows.Row("sd3", "--models SD3-Medium --batch-size 1", 60)]
-    bench_rows.run(tmp_path, True, rows)
+    bench_rows.run(tmp_path, False, True, rows)
     found = json.loads((tmp_path / "result.json").read_text())
     assert list(found) == ["of no model", "sd3"]
     assert "invalid choice" in found["of no model"]["error"]

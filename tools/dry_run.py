@@ -13,18 +13,13 @@ import math
 import os
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
 
-from adm import frozen
-from discriminators import Discriminator, hinge_discriminator
-from ode import join_batches
+from discriminators import Discriminator
+from tools.passes import blank_prompt, work_and_activations
 from training.heads import heads_for
 from training.model_checks import latent_of
 from training.networks import tensors_to
@@ -32,185 +27,6 @@ from training.sharding import blocks_of
 from training.terminal import tell, warn
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def zeros_of(shapes, n, device, dtype):
-    """A (nested) dict of shapes -> zeros of these shapes, for n samples."""
-    zeros = {}
-    for name, shape in shapes.items():
-        if isinstance(shape, dict):
-            zeros[name] = zeros_of(shape, n, device, dtype)
-        else:
-            zeros[name] = torch.zeros(n, *shape, device=device, dtype=dtype)
-    return zeros
-
-
-def blank_prompt(family, config, n, device="meta", tokens=None, dtype=torch.float32):
-    """Conditioning of the right shapes for n samples, all zero.
-
-    config: of the network. tokens: T5's; None: what the pipeline of this family takes.
-    """
-    return zeros_of(family.prompt_shapes(config, tokens), n, device, dtype)
-
-
-# ------------------------------------------------------------------------------------- the passes
-
-def start_of_graph(x):
-    """x, as where a gradient is wanted. A view of the leaf, because FlopCounterMode cannot end at a
-    leaf itself."""
-    return x.detach().requires_grad_().view_as(x)
-
-
-def passes(generator, fake_score, real_score, discriminator, x, t, cond, uncond):
-    """The network passes of one iteration of ADM at one step and TTUR 1, in the order of adm.adm ->
-    {name: function that does this pass alone}.
-
-    x [B,...], t [B] timesteps. What two passes share is in neither; no optimizer and no noise.
-    """
-    taps, heads = discriminator
-    both_prompts = join_batches(uncond, cond)
-
-    def output(net, x):
-        return net(x, timestep=t, **cond, return_dict=False)[0]
-
-    def learn(net):
-        out = output(net, x)
-        out.backward(torch.ones_like(out))
-
-    @torch.no_grad()
-    def generator_samples():
-        output(generator, x)
-
-    def fake_score_learns():
-        learn(fake_score)
-
-    def generator_learns():
-        learn(generator)
-
-    def input_gradient_of_fake_score():
-        start = start_of_graph(x)
-        with frozen(fake_score):
-            out = output(fake_score, start)
-            torch.autograd.grad(out, start, torch.ones_like(out))
-
-    @torch.no_grad()
-    def guided_real_score():
-        real_score(torch.cat([x, x]), timestep=torch.cat([t, t]), **both_prompts, return_dict=False)
-
-    def input_gradient_of_taps():
-        start = start_of_graph(x)
-        with frozen(taps.net):
-            maps = taps(start, timestep=t, **cond)
-            torch.autograd.grad(maps, start, [torch.ones_like(m) for m in maps])
-
-    @torch.no_grad()
-    def features():
-        return taps(x, timestep=t, **cond)
-
-    maps = features()
-
-    def heads_for_both_updates():
-        starts = [start_of_graph(m) for m in maps]
-        torch.autograd.grad(heads(starts).mean(), starts)
-        hinge_discriminator(heads(maps), heads(maps)).backward()
-
-    return {"G samples for f": generator_samples, "f learns": fake_score_learns,
-            "G, forward and backward": generator_learns,
-            "f, gradient of its input": input_gradient_of_fake_score,
-            "F with guidance": guided_real_score,
-            "taps of x_fake, with gradient": input_gradient_of_taps,
-            "taps of x_real": features, "heads": heads_for_both_updates}
-
-
-# ----------------------------------------------------------------------------- what they cost
-
-@contextmanager
-def flash_attention():
-    """On the meta device attention would be counted with its whole matrix. Every kernel in use
-    keeps query, key, value, result and their norms instead."""
-    before = F.scaled_dot_product_attention
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
-    # the names of torch's own, by which diffusers passes them for some networks
-    def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
-                  **more):
-        return flash(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
-
-    F.scaled_dot_product_attention = attention
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = before
-
-
-def bytes_in(tensors):
-    return sum(x.numel() * x.element_size() for x in tensors)
-
-
-def saved_bytes(function, nets, recompute):
-    """Bytes that a pass keeps for its backward, the weights of `nets` aside.
-
-    recompute: as checkpointing keeps them, the inputs of each block and all of the fullest one.
-    """
-    weights = {p.untyped_storage()._cdata for net in nets for p in net.parameters()}
-    inputs = {}                                 # of blocks, by identity: two may share one
-    totals = []                                 # of each block, and at the end of the rest
-
-    def counted(function, *args):
-        held = {}                               # by storage: views share it
-
-        def pack(x):
-            storage = x.untyped_storage()._cdata
-            if storage not in weights:
-                held[storage] = x
-            return x
-
-        with saved_tensors_hooks(pack, lambda x: x):
-            out = function(*args)
-        totals.append(bytes_in(held.values()))
-        return out
-
-    def block(module, *args):
-        """In the place of torch's checkpoint()."""
-        if not torch.is_grad_enabled():
-            return module(*args)
-        inputs.update({id(a): a for a in args if torch.is_tensor(a)})
-        return counted(module, *args)
-
-    if recompute:
-        for net in nets:
-            net.enable_gradient_checkpointing(block)
-    with flash_attention():
-        counted(function)
-    if not recompute:
-        return totals[-1]
-    for net in nets:
-        net.disable_gradient_checkpointing()
-    return totals[-1] + bytes_in(inputs.values()) + max(totals[:-1], default=0)
-
-
-def work_and_activations(net, discriminator, x, t, cond, recompute):
-    """Of an ADM iteration of one step, a micro-batch: ({pass: operations}, {pass: bytes it keeps
-    for its backward})."""
-    work, kept = {}, {}
-    each = passes(generator=net, fake_score=net, real_score=net, discriminator=discriminator,
-                  x=x, t=t, cond=cond, uncond=cond)
-    for name, function in each.items():
-        trains = name in ("f learns", "G, forward and backward")
-        net.requires_grad_(trains)
-        with FlopCounterMode(display=False) as counter:
-            function()
-        work[name] = counter.get_total_flops()
-        kept[name] = 0
-        if trains or "gradient" in name:
-            kept[name] = saved_bytes(function, [net], recompute)
-        net.requires_grad_(False)
-        net.zero_grad()
-        discriminator.heads.zero_grad()
-    if recompute:
-        again = work["G samples for f"] * 3 + work["taps of x_real"]
-        work["blocks' forward passes once more, for checkpointing"] = again
-    return work, kept
 
 
 # --------------------------------------------------------------------------------- what is held
@@ -403,14 +219,17 @@ def iterations_of(args, stage):
 
 def print_stages(args, stages):
     """The table of every stage, simulated."""
-    print("\nsimulated: an H100 at 590 TFLOP/s and 2.7 TB/s, 6 us of the host a kernel, nothing "
-          "for what ranks send each other;\nadd 1 to 2 GiB for CUDA itself")
-    print(f"{'stage':12s}{'peak GiB':>10s}{'host GiB':>10s}{'TFLOP':>10s}{'s/iteration':>13s}"
+    print("\nsimulated: an H100 at 590 TFLOP/s and 2.7 TB/s, 50 GB/s to the host and back, 6 us of "
+          "the host a kernel,\nnothing for what ranks send each other or for steps made on the "
+          "host; add 1 to 2 GiB for CUDA itself")
+    print(f"{'stage':12s}{'peak GiB':>10s}{'host GiB':>10s}{'copied':>10s}{'TFLOP':>10s}"
+          f"{'s/iteration':>13s}"
           f"{'host s':>9s}{'waits':>7s}{'iterations':>12s}{'hours':>9s}")
     for name, found in stages.items():
         number = iterations_of(args, name)
         seconds = max(found["seconds"], found["host_seconds"])
-        print(f"{name:12s}{gib(found['peak'])}{gib(found['host'])}{found['flop'] / 1e12:10.4g}"
+        print(f"{name:12s}{gib(found['peak'])}{gib(found['host'])}{gib(found['copied'])}"
+              f"{found['flop'] / 1e12:10.4g}"
               f"{found['seconds']:13.4g}{found['host_seconds']:9.3g}"
               f"{sum(found['waits'].values()):7d}{number:12d}{number * seconds / 3600:9.2f}")
 

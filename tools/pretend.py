@@ -16,6 +16,7 @@ import traceback
 import weakref
 from collections import Counter
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
@@ -25,6 +26,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -34,9 +36,11 @@ aten = torch.ops.aten
 DEVICE = torch.device("cuda", 0)
 ROOT = Path(__file__).resolve().parent.parent
 
-# what is assumed of the card: an H100, at 60 % of its dense bf16 peak and 80 % of its bandwidth
+# what is assumed of the card: an H100, at 60 % of its dense bf16 peak and 80 % of its bandwidth,
+# pinned memory copied over PCIe 5
 FLOP_PER_SECOND = 0.6 * 989e12
 BYTES_PER_SECOND = 0.8 * 3.35e12
+COPIED_PER_SECOND = 50e9
 LAUNCH = 6e-6                   # seconds of the host for an operation
 
 
@@ -106,15 +110,17 @@ def in_fork(function, *args, tries=8):
                     gc.disable()                    # collecting fake tensors is part of the crash
                     answer.write_text(json.dumps(function(*args)), encoding="utf-8")
                     code = 0
-                except BaseException:
+                except BaseException as error:
                     traceback.print_exc()
+                    answer.write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
                 finally:
                     os._exit(code)
             status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             if status == 0:
                 return json.loads(answer.read_text(encoding="utf-8"))
             if status > 0:
-                raise OSError("the simulation failed; its traceback is above")
+                reason = answer.read_text(encoding="utf-8").splitlines()[0]
+                raise OSError(f"the simulation failed: {reason}")
     raise OSError(f"the simulation crashed {tries} times, by signal {-status}")
 
 
@@ -152,6 +158,21 @@ def process_group(ranks=1):
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
 
 
+def resize_storage(storage, size):
+    """UntypedStorage.resize_, by which FSDP2 frees gathered weights whose tensors it keeps."""
+    torch._C.StorageBase.resize_(storage, size)
+    if Watch.active:
+        Watch.active[-1].resized(storage)
+    return storage
+
+
+def with_values(function, *args):
+    """function(*args), on tensors that have values, inside of `pretended`: a mesh of ranks reads
+    from one which rank this is."""
+    with fake_tensor.unset_fake_temporarily():
+        return function(*args)
+
+
 @contextmanager
 def pretended():
     """Inside, tensors are fake and torch says that there is a GPU. Yields the Watch."""
@@ -178,6 +199,7 @@ def pretended():
         mock.patch.object(torch.Tensor, "record_stream", lambda tensor, stream: None),
         mock.patch.object(FakeTensorMode, "avoid_device_init", property(lambda mode: True)),
         mock.patch.object(fake_tensor, "CONSTANT_NUMEL_LIMIT", 0),
+        mock.patch.object(torch.UntypedStorage, "resize_", resize_storage),
         mock.patch.object(torch.nn.Module, "_apply", replace_parameters),
         mock.patch.object(F, "scaled_dot_product_attention", attention),
         mock.patch.object(FakeTensor, "tolist", to_list),
@@ -224,20 +246,29 @@ def is_view(func):
     return VIEWS[func]
 
 
+@dataclass
+class Held:
+    """A storage that lives."""
+    is_host: bool
+    size: int = 0           # bytes
+    tensors: int = 0        # that are on it
+
+
 class Watch(TorchDispatchMode):
     """Counts what the device would do, from `reset` on.
 
     waits: {operation and place in the code: times} that the host waits for the device.
     mixed: the same, of operations on tensors of two devices, which a GPU refuses.
     live, peak: bytes on the device now, and at most. host, host_peak: of the host.
-    operations: kernels. flop: of matrix products and convolutions. seconds: of the device, each
-    operation at the slower of its arithmetic and its traffic.
+    operations: kernels. flop: of matrix products and convolutions. copied: bytes between host and
+    device. seconds: of the device, each operation at the slower of its arithmetic and its traffic;
+    what is copied delays it, as it does on one GPU, where nothing is fetched in advance.
     """
     active = []
 
     def __init__(self):
         super().__init__()
-        self.sizes = {}         # storage -> [its bytes, live tensors on it]
+        self.sizes = {}         # storage -> Held
         self.live = 0
         self.host = 0
         self.reset()
@@ -249,6 +280,7 @@ class Watch(TorchDispatchMode):
         self.host_peak = self.host
         self.operations = 0
         self.flop = 0
+        self.copied = 0
         self.seconds = 0.0
 
     def host_seconds(self):
@@ -256,6 +288,8 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented                               # what it does with its part is seen
         if func.namespace == "prim":                            # questions, not operations
             return func(*args, **kwargs)
         if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
@@ -299,6 +333,9 @@ class Watch(TorchDispatchMode):
             asked = kwargs.get("non_blocking", False)
         if source.device.type == target.device.type:
             return
+        size = source.numel() * source.element_size()
+        self.copied += size
+        self.seconds += size / COPIED_PER_SECOND
         is_pinned = getattr(source, "is_pretended_pinned", False)
         if not asked or (source.device.type == "cpu" and not is_pinned):
             self.waits[f"{source.device.type} to {target.device.type} {where()}"] += 1
@@ -324,28 +361,38 @@ class Watch(TorchDispatchMode):
 
     def hold(self, tensor):
         """Count a tensor's storage until the last tensor on it is gone."""
+        if tensor.is_meta:                      # of the skeletons of sharded networks
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
-        is_host = tensor.device.type == "cpu"
-        weakref.finalize(tensor, self.let_go, key, is_host)
-        if key in self.sizes:
-            self.sizes[key][1] += 1
+        weakref.finalize(tensor, self.let_go, key)
+        if key not in self.sizes:
+            self.sizes[key] = Held(tensor.device.type == "cpu")
+            self.resized(storage)
+        self.sizes[key].tensors += 1
+
+    def resized(self, storage):
+        """Count a storage as what it is now."""
+        held = self.sizes.get(storage._cdata)
+        if held is None:
             return
         size = -(-storage.nbytes() // 512) * 512                # CUDA's blocks
-        self.sizes[key] = [size, 1]
-        if is_host:
-            self.host += size
+        grown = size - held.size
+        held.size = size
+        if held.is_host:
+            self.host += grown
             self.host_peak = max(self.host_peak, self.host)
         else:
-            self.live += size
+            self.live += grown
             self.peak = max(self.peak, self.live)
 
-    def let_go(self, key, is_host):
-        self.sizes[key][1] -= 1
-        if self.sizes[key][1] > 0:
+    def let_go(self, key):
+        held = self.sizes[key]
+        held.tensors -= 1
+        if held.tensors > 0:
             return
-        size, _ = self.sizes.pop(key)
-        if is_host:
-            self.host -= size
+        del self.sizes[key]
+        if held.is_host:
+            self.host -= held.size
         else:
-            self.live -= size
+            self.live -= held.size

@@ -5,7 +5,8 @@ In a process of its own, which tools.dry_run starts:
 
     python -m tools.simulate MEDIUM < FLAGS.json        # the flags as JSON; prints JSON
 """
-from tools.pretend import DEVICE, in_fork, pretended, process_group      # first: before torch
+from tools.pretend import (         # first: before torch
+    DEVICE, in_fork, pretended, process_group, with_values)
 
 import json
 import sys
@@ -22,7 +23,7 @@ import train_sdxl
 from families.family import of_medium
 from ode import Schedule
 from teachers import embedded
-from tools.dry_run import blank_prompt
+from tools.passes import blank_prompt
 from training.loading import load_pipeline
 from training.networks import decode_in_bf16, place, recompute_activations, tensors_to
 from training.pairs import draw_pairs
@@ -56,7 +57,7 @@ class PretendedTeacher(Teacher):
     pipeline's, read where tensors had values."""
 
     def __init__(self, args, pipe, family, schedule, latent):
-        self.fsdp = fsdp_arguments(args.fsdp, args.cpu_offload, args.bf16, DEVICE)
+        self.fsdp = with_values(fsdp_arguments, args.fsdp, args.cpu_offload, args.bf16, DEVICE)
         self.family = family
         self.prompts = [""]
         self.look_at = []
@@ -127,8 +128,9 @@ class Simulation:
         watch = self.watch
         self.stages[name] = dict(
             peak=watch.peak, held=watch.live, host=watch.host_peak, flop=watch.flop * repeated,
-            seconds=watch.seconds * repeated, host_seconds=watch.host_seconds() * repeated,
-            waits=dict(watch.waits), mixed=dict(watch.mixed))
+            copied=watch.copied * repeated, seconds=watch.seconds * repeated,
+            host_seconds=watch.host_seconds() * repeated, waits=dict(watch.waits),
+            mixed=dict(watch.mixed))
 
     def follow(self, run, stage, losses_of_steps, start):
         """In the place of training.stage.follow: two iterations, the second of which is looked at,
@@ -156,8 +158,8 @@ class Simulation:
 
 
 def simulate(args, pipe, family, ranks=1, encoder=vision_encoder):
-    """-> {stage: dict(peak, held, host: bytes, flop, seconds, host_seconds, waits, mixed)}, of an
-    iteration of one of so many ranks; what they would send each other takes no time.
+    """-> {stage: dict(peak, held, host, copied: bytes, flop, seconds, host_seconds, waits, mixed)},
+    of an iteration of one of so many ranks; what they would send each other takes no time.
 
     pipe: the pipeline; its weights may be on the meta device. encoder: see vision_encoder.
     """

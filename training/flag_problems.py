@@ -2,6 +2,7 @@
 import math
 
 from training.ranks import number_of_ranks
+from training.tracking import problem_of
 
 ABOVE_0 = ("pairs", "pair_steps", "iterations_adp", "iterations_adm", "iterations_phase",
            "batch_size", "accumulate", "lr_generator_adp", "lr_generator", "lr_fake",
@@ -26,6 +27,9 @@ def problems(args, unknown, embedded):
         wrong.append("--prompts is needed with --model: a text file, one prompt a line")
     if args.model is None and args.pairs == 1:
         wrong.append("--pairs 1: the embedded teacher's table needs at least 2")
+    untracked = args.report_to and problem_of(args.report_to)
+    if untracked:
+        wrong.append(untracked)
     return wrong
 
 

@@ -6,6 +6,7 @@ import sys
 from training.errors import Failure, usage
 from training.flag_problems import problems, problems_of_family
 from training.loading import pipeline_class, pipeline_config
+from training.tracking import TRACKERS
 
 # Phased DMD's own values (arXiv 2510.27684): 64 samples an iteration, here micro-batches of 4 on
 # one rank.
@@ -69,8 +70,10 @@ def add_optimisation(p):
     g.add_argument("--iterations", type=int, help="all of these at once")
     g.add_argument("--batch-size", type=int, default=4,
                    help="samples a rank and micro-batch (paper: 4 on each of 32 GPUs, Tab. 7)")
-    g.add_argument("--accumulate", type=int, default=1, help="micro-batches an iteration (Phased "
-                   "DMD: 16, for the paper's 64 samples on one rank)")
+    g.add_argument("--accumulate", type=int, default=1, help="micro-batches an iteration; a larger "
+                   "--batch-size is faster where it fits, since the host launches as many kernels "
+                   "for one sample as for four (Phased DMD: 16, for the paper's 64 samples on one "
+                   "rank)")
     g.add_argument("--lr-generator-adp", type=float, default=1e-6, help="paper: 1e-6 (B.5)")
     g.add_argument("--lr-generator", type=float, default=1e-7, help="in ADM; paper: SDXL 1e-7, "
                    "SD3-Medium 1e-6, SD3.5-Large 1e-8, CogVideoX 1e-7 (B.5); Phased DMD 5e-5")
@@ -140,7 +143,8 @@ def add_memory(p):
     g.add_argument("--fsdp", action="store_true", help="with torchrun: every rank keeps a part of "
                    "each network's weights, gradients and moments (paper: yes, B.4)")
     g.add_argument("--cpu-offload", action="store_true", help="keep those parts, or on one GPU all "
-                   "of them, in host memory, and step there (paper: yes, B.4)")
+                   "of them, in host memory, and step there; where they fit on the GPUs it only "
+                   "costs time (paper: yes, B.4)")
     g.add_argument("--compile", nargs="?", const="inductor", metavar="BACKEND",
                    help="torch.compile each block")
     g.add_argument("--dry-run", nargs="?", type=int, const=1, metavar="RANKS", help="print what "
@@ -156,6 +160,9 @@ def add_watching(p):
                    "pictures, one a line; they are not trained on (None: some of --prompts)")
     g.add_argument("--samples", type=int, help="how many are drawn, each from a fixed seed (None: "
                    "one for each prompt of --look-at, else 8 images or 2 videos)")
+    g.add_argument("--report-to", choices=TRACKERS, help="show losses and pictures there as well, "
+                   "by accelerate's tracker; wants pip install tensorboard or wandb (None: "
+                   "metrics.jsonl and the pictures in --out alone)")
 
 
 def parser_of(doc, families, embedded):

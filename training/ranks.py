@@ -124,6 +124,9 @@ class StopSignal:
     """Turns Ctrl-C, SIGTERM and a closed terminal (SIGHUP) into a stop after the running
     iteration; a second Ctrl-C or SIGTERM ends the process at once.
 
+    torchrun passes the first on to all ranks, and kills those that are not gone 30 s later: its
+    --shutdown-timeout SECONDS (torch 2.13) should be longer than an iteration and a checkpoint.
+
     bool(stop): has any rank been asked to stop? All ranks must ask together.
     """
 

@@ -7,6 +7,7 @@ from tqdm import tqdm
 from training.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
 from training.folders import verify
 from training.ranks import world
+from training.tracking import Report
 
 
 @dataclass
@@ -21,6 +22,7 @@ class Run:
     reached: object         # name of that checkpoint's stage, or None
     show: object            # show(file, experts, schedule): draw a picture of the student
     done: dict = field(default_factory=dict)        # stage -> the generator's iterations so far
+    report: Report = field(default_factory=Report)  # to a tracker; mostly to none
 
 
 @dataclass
@@ -71,14 +73,17 @@ def follow(run, stage, losses_of_steps, start):
                            mininterval=1.0)
             bar.update()
             if i % 10 == 0 or is_last:
-                log(run.out, stage.name, losses, time.time() - began, bar)
+                values = log(run.out, stage.name, losses, time.time() - began, bar)
+                run.report.losses(stage.name, values)
         if i % args.save_every == 0 or is_last or is_stopping:
             counters = dict(stage=stage.name, iteration=i, global_iter=losses.get("global_iter", i))
             save_checkpoint(run.out.path / "checkpoints",
                             dict(stage.facts, **counters, flags=vars(args)),
                             stage.checkpointed(), stage.optimizers)
         if i % args.sample_every == 0 and not is_last:
-            run.show(f"samples-{stage.name}-{i:06d}.png", stage.experts, stage.schedule)
+            file = f"samples-{stage.name}-{i:06d}.png"
+            run.show(file, stage.experts, stage.schedule)
+            run.report.picture(stage.name, i, run.out.path / file)
         if is_stopping and not is_last:
             return False
     return True
@@ -112,7 +117,9 @@ def rate_at(args, full_rate, iteration, stage):
 
 
 def log(out, name, losses, seconds, bar):
-    """A line of metrics.jsonl. Here, and not in the method's loop, the device is waited for."""
+    """A line of metrics.jsonl -> its losses and counters, as numbers. Here, and not in the method's
+    loop, the device is waited for."""
     values = {key: round(float(value), 6) for key, value in losses.items()}
     out.log(stage=name, seconds=round(seconds, 2), **values)
     bar.set_postfix({key: f"{value:.3f}" for key, value in values.items() if "iter" not in key})
+    return values
