@@ -4,16 +4,16 @@
     python -m lesson.adm --dt 16                # D looks 16 times below t: the paper's T/64
     python -m lesson.adm --scale 0.01           # a hundredth of all iterations: does it run?
 
-Seed 0, on two cores with other jobs beside it for a part of the time, 414 s:
+Seed 0; seconds are the processor's, of one thread beside other jobs, and include ADP's:
 
-                                cell    page      tv  diversity  CPU seconds
+                                cell    page      tv  diversity      seconds
     teacher, 10 steps          0.996   0.967   0.019      0.842
-    A1: squared error          0.836   0.188   0.043      0.845           51
-    ADP                        0.881   0.310   0.041      0.847          178
-    ADM from the teacher       0.592   0.008   0.187      0.828          118
-    DMD from the teacher       0.777   0.092   0.138      0.813           71
-    ADP, then DMD              0.900   0.369   0.093      0.825          219
-    DMDX: ADP, then ADM        0.886   0.329   0.044      0.841          248
+    A1: squared error          0.836   0.188   0.043      0.845           53
+    ADP                        0.881   0.310   0.041      0.847          186
+    ADM from the teacher       0.592   0.008   0.187      0.828          121
+    DMD from the teacher       1.000   1.000   0.750      0.000           71
+    ADP, then DMD              0.911   0.427   0.152      0.797          238
+    DMDX: ADP, then ADM        0.898   0.378   0.113      0.818          274
 
 The world, its reader and what the columns mean stand in lesson/glyphs.py, the setting in
 lesson/students.py. Writes adm.png, pages to read with the naked eye and the shares of the glyphs on

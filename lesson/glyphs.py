@@ -13,6 +13,7 @@ and, as Table 6 asks, `diversity`: how often the same cell of two pages differs 
 The network is a diffusers UNet of 0.55 million parameters, its discriminator reads the same taps as
 SDXL's. `python -m lesson.train_glyphs` trained the teacher in teachers/glyphs/.
 """
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -23,14 +24,12 @@ from safetensors.torch import load_file
 from discriminators import Discriminator, Head, Heads
 from families import sdxl
 from ode import Schedule, sample
+from teachers.alphabet import GLYPHS, SHARES, SIDE, read_cells, shares_of, shares_tv, write
 from training.draws import stream
 from training.heads import heads_for
 
 CELLS = 3                                       # along each side of a page
-SIDE = 4                                        # pixels along each side of a cell
 SHAPE = (1, CELLS * SIDE, CELLS * SIDE)         # of a page
-SHARES = torch.tensor([3, 1, 1, 2, 1, 2, 1, 1.]) / 12
-LEGIBLE = 0.15                                  # largest mean squared distance from a pattern
 SCHEDULE = Schedule.straight()                  # the teacher's: a flow network
 TEACHER = Path(__file__).parents[1] / "teachers" / "glyphs" / "unet.safetensors"
 HIDDEN = 64                                     # channels inside a discriminator's head
@@ -38,23 +37,9 @@ HIDDEN = 64                                     # channels inside a discriminato
 
 # ------------------------------------------------------------------------------------------- world
 
-def draw_glyphs(count, generator):
-    """`count` patterns of -1 and +1, none nearly blank, any two of them six or more of the sixteen
-    pixels apart, [count,4,4]."""
-    found = []
-    while len(found) < count:
-        pattern = (torch.rand(SIDE, SIDE, generator=generator) > 0.5).float() * 2 - 1
-        if abs(pattern.sum()) <= 4 and all((pattern != other).sum() >= 6 for other in found):
-            found.append(pattern)
-    return torch.stack(found)
-
-
-GLYPHS = draw_glyphs(len(SHARES), torch.Generator().manual_seed(7))             # [8,4,4]
-
-
 def pages(n, generator=None):
     """n true pages, [n,1,12,12]."""
-    index = torch.multinomial(SHARES, n * CELLS**2, replacement=True, generator=generator)
+    index = write(n * CELLS**2, generator)
     cells = GLYPHS[index].view(n, CELLS, CELLS, SIDE, SIDE)
     return cells.permute(0, 1, 3, 2, 4).reshape(n, *SHAPE)
 
@@ -62,21 +47,17 @@ def pages(n, generator=None):
 def read(x):
     """What is written on pages x [n,1,12,12] -> (the nearest glyph of each cell, LongTensor [n,9];
     whether it is legible, bool [n,9])."""
-    cells = x.clamp(-1.5, 1.5).view(-1, CELLS, SIDE, CELLS, SIDE).permute(0, 1, 3, 2, 4)
-    cells = cells.reshape(-1, CELLS**2, 1, SIDE**2)                             # [n,9,1,16]
-    glyphs = GLYPHS.view(1, 1, -1, SIDE**2)                                     # [1,1,8,16]
-    distance, index = (cells - glyphs).square().mean(-1).min(-1)                # [n,9]
-    return index, distance < LEGIBLE
+    cells = x.view(-1, CELLS, SIDE, CELLS, SIDE).permute(0, 1, 3, 2, 4)         # [n,3,3,4,4]
+    return read_cells(cells.reshape(-1, CELLS**2, SIDE, SIDE))
 
 
 def measure(x):
     """What is measured of pages x [n,1,12,12], see above, and `shares`, a list of eight."""
     index, legible = read(x)
-    count = torch.bincount(index[legible], minlength=len(SHARES))
-    shares = count / legible.sum().clamp(min=1)                                 # [8]
+    shares = shares_of(index, legible)                                          # [8]
     differ = index != index.roll(1, 0)                                          # [n,9]
     return dict(cell=legible.float().mean().item(), page=legible.all(1).float().mean().item(),
-                tv=0.5 * (shares - SHARES).abs().sum().item(),
+                tv=shares_tv(shares),
                 diversity=differ.float().mean().item(), shares=shares.tolist())
 
 
@@ -157,8 +138,9 @@ def random_encoder():
         return Encoder().requires_grad_(False)
 
 
+@lru_cache
 def trained_encoder(iterations=300, batch=64):
-    """It has learnt to read noisy pages; a few seconds."""
+    """It has learnt to read noisy pages; a few seconds, once a process."""
     encoder = random_encoder().requires_grad_(True)
     optimizer = torch.optim.AdamW(encoder.parameters(), 3e-3)
     for i in range(iterations):

@@ -1,8 +1,7 @@
-"""Runs of train_sdxl.py on the embedded teacher, for lesson/ablations.py and lesson/gallery.py.
+"""Short runs of train_sdxl.py on the embedded teacher, for lesson/gallery.py.
 
-A run is a row of ROWS: train_sdxl.py with SETTING, the row's own flags and no others, on one
-thread. Several run at a time. Finished runs are kept: a second call goes on where the first was
-stopped.
+A run is train_sdxl.py with SETTING, its own flags and no others, on one thread. Several run at a
+time. Finished runs are kept: a second call goes on where the first was stopped.
 """
 import json
 import os
@@ -22,46 +21,17 @@ HACKS = Path(__file__).parent / "hacks"
 RESULTS = Path(__file__).parent / "results"
 FOLDERS = ("training", "families", "teachers", "tools", "lesson")       # of code, beside *.py
 
-# All rows share one setting, a third of the embedded run's length at half its batch. It was chosen
-# on seed 0 for the time it takes; no row was tuned.
+# All share one setting, a third of the embedded run's length at half its batch. It was chosen on
+# seed 0 for the time it takes; no run was tuned.
 SETTING = ["--pairs", "1024", "--iterations-adp", "600", "--iterations-adm", "100",
            "--batch-size", "16", "--save-every", "1000", "--sample-every", "100000"]
-PLAIN = "--no-warm-heads --dt 16"               # ADM as the paper has it
-WITHOUT_ADP = "--stage adm --iterations-adm 300 --lr-generator 3e-4"    # ADP's rate, half its time
-FOUR_STEPS = "--steps 4 --ttur 5 --lr-generator 1e-4"                   # as Phased DMD's
-SGTS = f"--method dmd --iterations-adm 80 {FOUR_STEPS}"
-
-
-class Row(NamedTuple):
-    what: str                   # in words
-    flags: str                  # {out} is the folder of all runs
-    paper: float = None         # HPSv2 of the paper's Tab. 4 and 5
-    follows: str = None         # the row whose finished ADP it goes on from
-
-
-ROWS = {
-    "A5": Row("ADP alone", "--method adp", 27.35),
-    "A1": Row("squared error alone: rectified flow, one round", "--method reflow", 23.61),
-    "A2": Row("ADP, DINOv2 for SAM", "--method adp --pixel-backbone {out}/dinov2", 27.10),
-    "A3": Row("ADP, weights 0.7, 0.3", "--method adp --lambdas 0.7 0.3", 26.89),
-    "A4": Row("ADP, latent discriminator alone", "--method adp --lambdas 1 0", 26.79),
-    "B1": Row("ADM without ADP", f"{WITHOUT_ADP} {PLAIN}", 26.87),
-    "B2": Row("DMD without ADP", f"--method dmd {WITHOUT_ADP}", 25.97),
-    "B3": Row("ADP, then DMD", "--method dmd", 27.40, follows="A5"),
-    "B4": Row("ADP, then ADM: DMDX", PLAIN, 27.70, follows="A5"),
-    "TTUR 4": Row("DMDX, 4 fake updates a step", f"--ttur 4 {PLAIN}", 27.73, follows="A5"),
-    "TTUR 8": Row("DMDX, 8 fake updates a step", f"--ttur 8 {PLAIN}", 27.76, follows="A5"),
-    "SGTS": Row("four steps, DMD, 80 iterations", SGTS),
-    "Phased DMD": Row("four steps, two experts, 40 each",
-                      "--method phased_dmd --iterations-phase 40"),
-}
 
 
 class Job(NamedTuple):
     seed: int
     name: str                   # of its folder
     flags: str
-    follows: str = None
+    follows: str = None         # the run whose finished ADP it goes on from
     code: Path = ROOT           # a copy of the repository, where flags cannot make the change
 
 
@@ -132,7 +102,7 @@ def train_job(out, job):
         start_from(of_seed / job.follows, folder, parts)
     else:
         start_from(of_seed / "pairs", folder, ["pairs", "prompts"])
-    train(folder, job.seed, job.flags.format(out=out).split(), job.code)
+    train(folder, job.seed, job.flags.split(), job.code)
     student = result_of(folder)["student"]
     print(f"{time.strftime('%H:%M:%S')}  seed {job.seed}  {job.name:30s} "
           f"accuracy {student['accuracy']:.3f}   coverage TV {student['coverage_tv']:.3f}",
@@ -140,20 +110,16 @@ def train_job(out, job):
     return folder
 
 
-def trained(out, jobs, at_a_time, first=()):
+def trained(out, jobs, at_a_time):
     """Train all jobs, so many at a time -> {(seed, name): folder}. If one fails, those not yet
-    begun are not.
-
-    first: functions without arguments that make what the jobs need besides the pairs.
-    """
+    begun are not."""
     with ThreadPoolExecutor(at_a_time) as pool:
         try:
-            needed = []
+            pairs = []
             for seed in {job.seed for job in jobs}:
                 folder = out / f"seed{seed}" / "pairs"
-                needed.append(pool.submit(train, folder, seed, ["--stage", "pairs"]))
-            needed += [pool.submit(make) for make in first]
-            for future in needed:
+                pairs.append(pool.submit(train, folder, seed, ["--stage", "pairs"]))
+            for future in pairs:
                 future.result()
             futures = {}
             # jobs that others go on from come first
@@ -184,15 +150,3 @@ def losses(folder, stage=None):
             points = found.setdefault(f"{entry['stage']}: {name}", [])
             points.append((entry["iteration"], entry[name]))
     return found
-
-
-def training_seconds(folder):
-    """Seconds of all stages. metrics.jsonl counts from the start of each stage, and anew where a
-    run went on."""
-    total = 0.0
-    before = 0.0
-    for entry in logged(folder):
-        if entry["seconds"] < before:
-            total += before
-        before = entry["seconds"]
-    return total + before

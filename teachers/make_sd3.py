@@ -18,7 +18,7 @@ from adm import score_loss
 from families import sd3
 from families.family import Latent
 from teachers.make_sdxl import encode_all, pretrain
-from teachers.shapes import CAPTIONS, PX, every_drawing, mark, shipped_teacher
+from teachers.shapes import CAPTIONS, PX, drawings, mark, read_line, shipped_teacher
 from training.schedules import from_diffusers
 
 CALL = "num_inference_steps=25, guidance_scale=3.0, max_sequence_length=1"
@@ -71,12 +71,13 @@ def train(pipe, index, images, iterations, batch=64):
         t = torch.randint(1, schedule.T + 1, (batch,))
         return score_loss(net, schedule, latents[pick], eps, t, cond)
 
-    def accuracy_of(nets):
+    def marks_of(nets):
         pipe.transformer, = nets
-        right, _ = mark(pipe, 144, max_sequence_length=1)
-        return right
+        right, images = mark(pipe, 144, max_sequence_length=1)
+        _, legible = read_line(images)
+        return right, legible.float().mean().item()
 
-    pipe.transformer, = pretrain("sd3", torch.nn.ModuleList([net]), loss_of, accuracy_of,
+    pipe.transformer, = pretrain("sd3", torch.nn.ModuleList([net]), loss_of, marks_of,
                                  iterations)
 
 
@@ -92,7 +93,7 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(args.seed)
-    index, images = every_drawing()
+    index, images = drawings(65536)
     pipe = build()
     train(pipe, index, images, args.iterations)
     pipe.save_pretrained(out)

@@ -1,7 +1,7 @@
 """Train the embedded teacher from nothing: a small, complete SDXL pipeline that draws captioned
-shapes, and the vision encoder that the pixel discriminator looks through.
+shapes over a line of glyphs, and the vision encoder that the pixel discriminator looks through.
 
-    python -m teachers.make_sdxl --out teachers/sdxl        # about an hour on two cores
+    python -m teachers.make_sdxl --out teachers/sdxl        # about an hour on one core
 
 `python -m teachers.shapes` marks what comes out.
 """
@@ -16,7 +16,8 @@ import torch.nn.functional as F
 
 from adm import score_loss
 from families.vision import vision_taps
-from teachers.shapes import CAPTIONS, CELLS, PX, accuracy, every_drawing, mark, read
+from teachers.alphabet import SHARES
+from teachers.shapes import CAPTIONS, CELLS, PX, drawings, mark, marks, read, read_line
 from training.schedules import from_diffusers
 
 # --------------------------------------------------------------------------- the untrained pipeline
@@ -132,10 +133,11 @@ def decode_all(vae, latents):
     return torch.cat([vae.decode(part / scale).sample for part in latents.split(512)])
 
 
-def pretrain(name, nets, loss_of, accuracy_of, iterations, lr=1e-3, ema=0.999):
+def pretrain(name, nets, loss_of, marks_of, iterations, lr=1e-3, ema=0.999):
     """Ordinary pre-training of `nets`, a ModuleList: warm-up, cosine, clipping -> its EMA.
 
-    loss_of(): draws a batch and returns its loss. accuracy_of(nets): marks what they draw by now.
+    loss_of(): draws a batch and returns its loss. marks_of(nets): (accuracy, share of
+    legible glyphs) of what they draw by now.
     """
     average = deepcopy(nets).eval()
     optimizer = torch.optim.AdamW(nets.train().parameters(), lr, betas=(0.9, 0.99),
@@ -156,8 +158,9 @@ def pretrain(name, nets, loss_of, accuracy_of, iterations, lr=1e-3, ema=0.999):
             step = 1 - min(ema, (i + 1) / (i + 10))             # a short memory at first
             torch._foreach_lerp_(list(average.parameters()), list(nets.parameters()), step)
         if i % 500 == 499 or i == iterations - 1:
-            print(f"{name} {i + 1:5d}  loss {loss.item():.4f}  "
-                  f"accuracy {accuracy_of(average):.3f}", flush=True)
+            accuracy, legible = marks_of(average)
+            print(f"{name} {i + 1:5d}  loss {loss.item():.4f}  accuracy {accuracy:.3f}  "
+                  f"legible {legible:.3f}", flush=True)
     return average
 
 
@@ -172,7 +175,7 @@ def train_teacher(pipe, index, latents, iterations, batch=64):
         pipe.unet, pipe.text_encoder, pipe.text_encoder_2 = nets
 
     def loss_of():
-        use(nets)                                       # accuracy_of has put the average there
+        use(nets)                                       # marks_of has put the average there
         pick = torch.randint(len(latents), (batch,))
         tokens, _, pooled, _ = pipe.encode_prompt(CAPTIONS, device="cpu",
                                                   do_classifier_free_guidance=False)
@@ -184,36 +187,49 @@ def train_teacher(pipe, index, latents, iterations, batch=64):
         t = torch.randint(1, schedule.T + 1, (batch,))
         return score_loss(pipe.unet, schedule, latents[pick], eps, t, cond)
 
-    def accuracy_of(nets):
+    def marks_of(nets):
         use(nets)
-        right, _ = mark(pipe, 144)
-        return right
+        right, images = mark(pipe, 144)
+        _, legible = read_line(images)
+        return right, legible.float().mean().item()
 
-    use(pretrain("teacher", nets, loss_of, accuracy_of, iterations))
-
-
-def small_vision_encoder(kind):
-    """An untrained 'sam', or a 'dinov2' as large (ablation A2)."""
-    from transformers import Dinov2Config, Dinov2Model, SamVisionConfig, SamVisionModel
-    size = dict(image_size=PX, patch_size=4, hidden_size=48, num_hidden_layers=4,
-                num_attention_heads=4)
-    if kind == "dinov2":
-        return Dinov2Model(Dinov2Config(**size, mlp_ratio=2))
-    return SamVisionModel(SamVisionConfig(**size, mlp_dim=96, output_channels=48, window_size=0,
-                                          global_attn_indexes=[0, 1, 2, 3]))
+    use(pretrain("teacher", nets, loss_of, marks_of, iterations))
 
 
-def train_vision_encoder(index, images, iterations, lr=1e-3, batch=64, kind="sam"):
-    """A small vision encoder that names captions and places: what the pixel discriminator looks
-    through, as the paper's looks through the SAM of the wide world. kind: see
-    small_vision_encoder."""
-    net = small_vision_encoder(kind)
-    to_caption = torch.nn.Linear(48, len(CAPTIONS))
-    to_cell = torch.nn.Linear(48, CELLS**2)
+def small_vision_encoder():
+    """An untrained SAM."""
+    from transformers import SamVisionConfig, SamVisionModel
+    return SamVisionModel(SamVisionConfig(
+        image_size=PX, patch_size=4, hidden_size=48, num_hidden_layers=4, num_attention_heads=4,
+        mlp_dim=96, output_channels=48, window_size=0, global_attn_indexes=[0, 1, 2, 3]))
+
+
+class Questions(torch.nn.Module):
+    """What the vision encoder is asked while it is trained: the caption, the place, the glyphs."""
+
+    def __init__(self, width=48):
+        super().__init__()
+        self.caption = torch.nn.Linear(width, len(CAPTIONS))
+        self.cell = torch.nn.Linear(width, CELLS**2)
+        self.glyph = torch.nn.Linear(width, len(SHARES))
+
+    def forward(self, features):
+        """features [B,48,8,8] -> logits [B,72], [B,16], [B,8,4]."""
+        mean = features.mean((2, 3))                                            # [B,48]
+        line = F.avg_pool2d(features, 2)[:, :, -1].movedim(1, 2)                # [B,4,48]
+        return self.caption(mean), self.cell(mean), self.glyph(line).movedim(1, 2)
+
+
+def train_vision_encoder(index, images, iterations, lr=1e-3, batch=64):
+    """A small vision encoder that names captions, places and glyphs: what the pixel discriminator
+    looks through, as the paper's looks through the SAM of the wide world."""
+    net = small_vision_encoder()
+    questions = Questions()
     prepare = vision_taps(net).prepare
     net.requires_grad_(True)                            # taps freeze what they read
     cells = torch.cat([read(part)[1] for part in images.split(1024)])
-    parameters = [*net.parameters(), *to_caption.parameters(), *to_cell.parameters()]
+    glyphs = torch.cat([read_line(part)[0] for part in images.split(1024)])     # [n,4]
+    parameters = [*net.parameters(), *questions.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.01)
     rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=iterations,
                                                 pct_start=0.1)
@@ -221,19 +237,19 @@ def train_vision_encoder(index, images, iterations, lr=1e-3, batch=64, kind="sam
         pick = torch.randint(len(images), (batch,))
         noise_level = 0.2 * torch.rand(batch, 1, 1, 1)
         x = images[pick] + noise_level * torch.randn(batch, 3, PX, PX)
-        features = net(prepare(x)).last_hidden_state    # SAM [B,48,8,8], DINOv2 [B,65,48]
-        features = features.mean((2, 3) if features.dim() == 4 else 1)              # [B,48]
-        captions = to_caption(features)                                             # [B,72]
-        loss = (F.cross_entropy(captions, index[pick])
-                + F.cross_entropy(to_cell(features), cells[pick]))
+        features = net(prepare(x)).last_hidden_state                            # [B,48,8,8]
+        to_caption, to_cell, to_glyph = questions(features)
+        loss = (F.cross_entropy(to_caption, index[pick]) + F.cross_entropy(to_cell, cells[pick])
+                + F.cross_entropy(to_glyph, glyphs[pick]))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         rates.step()
         if i % 100 == 99:
-            right = (captions.argmax(1) == index[pick]).float().mean()
+            right = (to_caption.argmax(1) == index[pick]).float().mean()
+            written = (to_glyph.argmax(1) == glyphs[pick]).float().mean()
             print(f"vision encoder {i + 1:5d}  loss {loss.item():.3f}  "
-                  f"captions named {right:.2f}", flush=True)
+                  f"captions named {right:.2f}  glyphs {written:.2f}", flush=True)
     return net
 
 
@@ -244,6 +260,7 @@ def main():
     p.add_argument("--vae-iterations", type=int, default=3000)
     p.add_argument("--iterations", type=int, default=12000, help="of UNet and text encoders")
     p.add_argument("--vision-iterations", type=int, default=1500)
+    p.add_argument("--drawings", type=int, default=65536, help="true ones, to learn from")
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args()
     began = time.time()
@@ -251,12 +268,15 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(args.seed)
-    index, images = every_drawing()
+    index, images = drawings(args.drawings, args.seed)
     pipe = build()
     train_vae(pipe.vae, images, args.vae_iterations)
     latents = encode_all(pipe.vae, images)
-    right = accuracy(decode_all(pipe.vae, latents[::29]), [CAPTIONS[i] for i in index[::29]])
-    print(f"true drawings, encoded and decoded: read correctly {right:.3f}")
+    some = slice(0, 2048)
+    found = marks(decode_all(pipe.vae, latents[some]), [CAPTIONS[i] for i in index[some]],
+                  images[some])
+    print("true drawings, encoded and decoded: read correctly {accuracy:.3f}, "
+          "legible glyphs {legible:.3f}".format(**found), flush=True)
     train_teacher(pipe, index, latents, args.iterations)
     pipe.to(torch.bfloat16).save_pretrained(out, safe_serialization=True)
     vision = train_vision_encoder(index, images, args.vision_iterations)

@@ -32,14 +32,20 @@ def report(run, experts, schedule):
     table = {row: marks(images[row], captions, reference) for row in labels}
     left = noise_left(teacher, experts, schedule, x_T, prompt[:half])
     if world()[0] == 0:
-        print(f"\n{half} images each".ljust(34)
-              + "caption accuracy   coverage TV   precision   diversity")
-        for row, label in labels.items():
-            print("{:33s}{accuracy:16.3f}{coverage_tv:14.3f}{precision:12.3f}{diversity:12.3f}"
-                  .format(label, **table[row]))
+        print_table(f"{half} images each", labels, table)
         for k, share in enumerate(left, 1):
             print(f"expert {k} hands on x_s with {share:.3f} of the noise it should have")
     return dict(table, noise_left=left)
+
+
+def print_table(title, labels, table):
+    """labels: {row: what it is called}. table: {row: its marks}. What the marks are stands in
+    teachers/shapes.py."""
+    columns = dict(accuracy="accuracy", legible="legible glyphs", glyph_tv="TV of glyphs",
+                   coverage_tv="TV of places", diversity="diversity")
+    print("\n" + title.ljust(31) + "".join(f"{column:>16s}" for column in columns.values()))
+    for row, label in labels.items():
+        print(label.ljust(30) + "".join(f"{table[row][name]:16.3f}" for name in columns))
 
 
 def noise_left(teacher, experts, schedule, x_T, prompt):

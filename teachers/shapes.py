@@ -1,16 +1,22 @@
-"""The world of the embedded teacher: captioned shapes, and the exact reader that marks drawings of
-them. It is why the main job needs no download and no learned metric.
+"""The world of the embedded teacher: captioned shapes over a line of glyphs, and the exact reader
+that marks drawings of them. It is why the main job needs no download and no learned metric.
 
     python -m teachers.shapes                               # mark the shipped teacher (a minute)
-        teacher, 25 steps: caption accuracy 0.986   coverage TV between halves 0.167
+        teacher, 25 steps: accuracy 0.993   legible 0.976   glyph_tv 0.062   coverage_tv 0.132
     python -m teachers.shapes --mark out/sdxl/export        # mark a student, or any other pipeline
                                                             # that draws these captions, as its
                                                             # model card samples it
 
-A caption such as "a small red circle on blue" fixes shape, size, colour and background; it leaves
-the *place* open. So caption accuracy (is what was asked for there?) plays the part that CLIP score
-plays in the paper, and the total variation between the places drawn by student and teacher plays
-the part of diversity.
+A caption such as "a small red circle on blue" fixes shape, size, colour and background. It leaves
+two things open: the *place* of the shape, and the four glyphs written under it, each drawn
+independently from eight with unequal shares (teachers/alphabet.py). So the reader measures
+
+    accuracy        is what the caption asked for there? (the part of CLIP score in the paper)
+    legible         share of legible glyphs: a blurred student has few
+    glyph_tv        total variation between the legible glyphs' shares and the true ones: a student
+                    that loses modes loses the rare ones
+    coverage_tv     total variation between the places drawn by student and teacher
+    diversity       how often two drawings of one caption are in different places
 
 The teacher itself is trained by teachers/make_sdxl.py.
 """
@@ -23,6 +29,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from teachers.alphabet import GLYPHS, SIDE, read_cells, shares_of, shares_tv, write
 from training.export import load_student
 from training.pictures import grid
 
@@ -31,6 +38,9 @@ SHIPPED = Path(__file__).parent / "sdxl"
 # -------------------------------------------------------------------------- captions and drawings
 
 PX = 32                                         # images are [B,3,32,32] in [-1,1]
+PLATE = 24                                      # rows for the shape; below it the line of glyphs
+GLYPH_PX = PX - PLATE                           # of a glyph along each side
+LINE = PX // GLYPH_PX                           # glyphs in the line
 COLOURS = {
     "red": (0.9, 0.1, 0.1),
     "green": (0.1, 0.7, 0.2),
@@ -38,7 +48,7 @@ COLOURS = {
     "yellow": (0.95, 0.85, 0.1),
 }
 PALETTE = torch.tensor(list(COLOURS.values()))  # [4,3] in [0,1]
-SIZES = {"small": 9, "large": 15}               # pixels
+SIZES = {"small": 10, "large": 16}              # pixels
 SHAPES = ("circle", "square", "triangle")
 CELLS = 4                                       # places are counted in a 4x4 grid
 
@@ -74,24 +84,40 @@ def colour_of(name):
     return torch.tensor(COLOURS[name])[:, None, None]                           # [3,1,1]
 
 
-def draw(caption, top, left):
-    """One true drawing, [3,32,32] in [-1,1], with the shape's bounding box at (top, left)."""
+def drawn_glyphs():
+    """The eight as they are drawn, a dot two pixels wide, black and white, [8,8,8] in [-1,1]."""
+    wide = GLYPH_PX // SIDE
+    return GLYPHS.repeat_interleave(wide, 1).repeat_interleave(wide, 2)
+
+
+DRAWN_GLYPHS = drawn_glyphs()
+
+
+def draw(caption, top, left, glyphs=(0,) * LINE):
+    """One true drawing, [3,32,32] in [-1,1], with the shape's bounding box at (top, left) of the
+    plate. glyphs: the four of the line."""
     _, size, colour, shape, _, ground = caption.split()
     side = SIZES[size]
-    mask = torch.zeros(PX, PX)
+    mask = torch.zeros(PLATE, PX)
     mask[top:top + side, left:left + side] = stencil(shape, side)
-    return (colour_of(colour) * mask + colour_of(ground) * (1 - mask)) * 2 - 1
+    plate = (colour_of(colour) * mask + colour_of(ground) * (1 - mask)) * 2 - 1     # [3,24,32]
+    line = torch.cat([DRAWN_GLYPHS[k] for k in glyphs], 1)                          # [8,32]
+    return torch.cat([plate, line.expand(3, -1, -1)], 1)
 
 
-def every_drawing():
-    """All true drawings: captions [n] as indices and images [n,3,32,32]; n = 32,400, every caption
-    at every place."""
+def drawings(n, seed=0):
+    """n true drawings, every caption as often: captions [n] as indices, images [n,3,32,32]."""
+    generator = torch.Generator().manual_seed(seed)
+    lines = write(n * LINE, generator).view(n, LINE).tolist()
+    place = torch.rand(n, 2, generator=generator).tolist()
     index, images = [], []
-    for i, caption in enumerate(CAPTIONS):
-        free = PX - SIZES[caption.split()[1]] + 1
-        for top, left in itertools.product(range(free), repeat=2):
-            index.append(i)
-            images.append(draw(caption, top, left))
+    for i, (line, (down, across)) in enumerate(zip(lines, place)):
+        caption = CAPTIONS[i % len(CAPTIONS)]
+        side = SIZES[caption.split()[1]]
+        top = int(down * (PLATE - side + 1))
+        left = int(across * (PX - side + 1))
+        index.append(i % len(CAPTIONS))
+        images.append(draw(caption, top, left, line))
     return torch.tensor(index), torch.stack(images)
 
 
@@ -99,17 +125,18 @@ def every_drawing():
 
 
 def read(images):
-    """What is drawn? images [B,3,32,32] in [-1,1] -> (captions, a list of B strings, None where
-    nothing is legible; places LongTensor [B], the cell of the 4x4 grid of possible places, -1 where
-    illegible).
+    """What is drawn on the plate? images [B,3,32,32] in [-1,1] -> (captions, a list of B strings,
+    None where nothing is legible; places LongTensor [B], the cell of the 4x4 grid of possible
+    places, -1 where illegible).
 
     Every pixel is named by its nearest colour. The commonest name is the ground, the next the
     shape's colour. The stencil and place with the fewest misnamed pixels win. More misnamed pixels
     than a quarter of the stencil: illegible.
     """
-    rgb = (images.float().cpu().clamp(-1, 1) + 1) / 2
-    distance = (rgb[:, None] - PALETTE[None, :, :, None, None]).square().sum(2)     # [B,4,32,32]
-    names = distance.argmin(1)                                                      # [B,32,32]
+    plates = images.float().cpu()[:, :, :PLATE]
+    rgb = (plates.clamp(-1, 1) + 1) / 2                                             # [B,3,24,32]
+    distance = (rgb[:, None] - PALETTE[None, :, :, None, None]).square().sum(2)     # [B,4,24,32]
+    names = distance.argmin(1)                                                      # [B,24,32]
     count = F.one_hot(names.flatten(1), len(COLOURS)).sum(1)                        # [B,4]
     ground = count.argmax(1)                                                        # [B]
     colour = count.scatter(1, ground[:, None], -1).argmax(1)                        # [B]
@@ -125,9 +152,9 @@ def read(images):
 
 
 def best_fit(names, ground, colour):
-    """The stencil and place that fit best. names [B,32,32] of the pixels, ground and colour [B] ->
+    """The stencil and place that fit best. names [B,24,32] of the pixels, ground and colour [B] ->
     (index into STENCILS [B], cell [B], misnamed pixels as a part of the stencil [B])."""
-    off_ground = (names != ground[:, None, None]).float()[:, None]                  # [B,1,32,32]
+    off_ground = (names != ground[:, None, None]).float()[:, None]                  # [B,1,24,32]
     is_colour = (names == colour[:, None, None]).float()[:, None]
     B = len(names)
     best = torch.full((B,), float("inf"))
@@ -135,19 +162,27 @@ def best_fit(names, ground, colour):
     cell = torch.zeros(B, dtype=torch.long)
     for k, (_, _, mask) in enumerate(STENCILS):
         # wrong: pixels outside that are not ground, and pixels inside that are not the colour
-        off_ground_inside = F.conv2d(off_ground, mask[None, None])[:, 0]            # [B,free,free]
+        off_ground_inside = F.conv2d(off_ground, mask[None, None])[:, 0]    # [B,rows,columns]
         right_inside = F.conv2d(is_colour, mask[None, None])[:, 0]
         wrong = (off_ground.sum((1, 2, 3))[:, None, None] + mask.sum()
                  - off_ground_inside - right_inside)
-        free = wrong.shape[-1]                                          # places along an axis
+        rows, columns = wrong.shape[1:]                                 # of possible places
         least, place = (wrong / mask.sum()).flatten(1).min(1)                       # [B]
-        down, across = place // free, place % free
-        cell_here = (down * CELLS // free) * CELLS + across * CELLS // free
+        down, across = place // columns, place % columns
+        cell_here = (down * CELLS // rows) * CELLS + across * CELLS // columns
         better = least < best
         best = best.where(~better, least)
         which = which.masked_fill(better, k)
         cell = cell.where(~better, cell_here)
     return which, cell, best
+
+
+def read_line(images):
+    """What is written under it? images [B,3,32,32] in [-1,1] -> (the nearest glyph of each of the
+    four cells, LongTensor [B,4]; whether it is legible, bool [B,4])."""
+    line = images.float().cpu()[:, :, PLATE:]                                       # [B,3,8,32]
+    cells = line.unflatten(3, (LINE, GLYPH_PX)).permute(0, 3, 1, 2, 4)              # [B,4,3,8,8]
+    return read_cells(cells, DRAWN_GLYPHS[:, None].expand(-1, 3, -1, -1))
 
 
 # -------------------------------------------------------------------------------------- the marks
@@ -183,14 +218,14 @@ def places_tv(cells, reference):
 
 def marks(images, captions, reference):
     """The whole report on images [B,3,32,32] drawn for these captions, beside those of a reference
-    -> dict of fractions:
+    -> dict of what stands above, each in [0,1], and precision: the share of plates that show
+    anything legible, whatever was asked for.
 
-    accuracy, coverage_tv: as above.
-    precision: of images that are legible, whatever they say.
-    diversity: how often two legible ones of one caption differ in their cell (the part of LPIPS in
-    the paper's Tab. 6).
+    diversity is of legible plates, and of cells of the grid of places (the part of LPIPS in the
+    paper's Tab. 6).
     """
     said, cells = read(images)
+    glyphs, glyph_legible = read_line(images)
     _, reference_cells = read(reference)
     legible = [(caption, cell) for caption, cell in zip(captions, cells.tolist()) if cell >= 0]
     differ = []
@@ -198,6 +233,8 @@ def marks(images, captions, reference):
         if caption == other_caption:
             differ.append(cell != other_cell)
     return dict(accuracy=agreement(said, captions),
+                legible=glyph_legible.float().mean().item(),
+                glyph_tv=shares_tv(shares_of(glyphs, glyph_legible)),
                 coverage_tv=places_tv(cells, reference_cells),
                 precision=len(legible) / len(captions),
                 diversity=sum(differ) / max(len(differ), 1))
@@ -236,11 +273,13 @@ def mark_teacher(out):
     pipe = shipped_teacher()
     shown, result = {}, {}
     for steps in (25, 8, 4, 1):
-        right, images = mark(pipe, 288, num_inference_steps=steps)
-        tv = coverage_tv(images[144:], images[:144])
-        result[str(steps)] = dict(accuracy=right, coverage_tv=tv)
-        print(f"teacher, {steps:2d} steps: caption accuracy {right:.3f}   "
-              f"coverage TV between halves {tv:.3f}")
+        _, images = mark(pipe, 288, num_inference_steps=steps)
+        captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(144)]
+        found = marks(images[144:], captions, images[:144])
+        result[str(steps)] = found
+        print(f"teacher, {steps:2d} steps: " + "   ".join(
+            f"{name} {found[name]:.3f}" for name in ("accuracy", "legible", "glyph_tv",
+                                                     "coverage_tv")))
         shown[f"{steps} steps"] = images[:72:9]
     grid(out / "shapes.png", shown, CAPTIONS[::9])
     (out / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import lesson.adm
+import lesson.chapters
 import lesson.collapse
 import lesson.dt
+import lesson.scores
 import lesson.tables
 from lesson.glyphs import (CELLS, GLYPHS, SHAPE, SHARES, Encoder, measure, pages,
                            pixel_discriminator, read, trained_encoder)
@@ -114,6 +116,63 @@ def test_tables_dt_and_collapse_share_students(monkeypatch, tmp_path, capsys):
             assert len(run["shares"]) == len(run["page"]) > 1 and run["losses"]
     for name in ("glyphs", "dt", "collapse"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+    call(lesson.chapters, monkeypatch, "--out", tmp_path, "--pictures", tmp_path)
+    assert "seed0" not in capsys.readouterr().out, "finished students are kept"
+    for name in ("score", "guidance", "regression", "steps"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+def test_dmd_draws_its_times_from_a_64th_whatever_the_critics_step_is(monkeypatch):
+    """With T/6 it hardly loses a mode, which hid for a day what DMD does."""
+    from lesson import students
+    asked = {}
+
+    def watch(*args, dt, **options):
+        asked[args[2] is None] = dt
+        return iter(())
+    monkeypatch.setattr(students, "adm", watch)
+    setting = Setting().scaled(0.001)
+    world = students.World(lesson.glyphs.shipped_teacher(), None, setting, 0)
+    for judge in ("adm", "dmd"):
+        students.train_matching(world, judge)
+    assert asked == {False: setting.dt, True: None} and setting.dt == 167
+
+
+def test_the_slope_of_a_critic_that_learns_points_where_the_scores_differ(monkeypatch, tmp_path):
+    monkeypatch.setattr(lesson.scores, "SAMPLES", (256, 16384))
+    monkeypatch.setattr(lesson.scores, "FRACTIONS", (6, 64))
+    monkeypatch.setattr(sys, "argv", ["scores.py", "--seeds", "0", "--out", str(tmp_path)])
+    lesson.scores.main()
+    figures = json.loads((tmp_path / "result.json").read_text())
+    start, end = figures["T/6"]["cosine"][0]
+    assert end > 0.4 and end > start
+    assert figures["T/64"]["hinge"][0] > figures["T/6"]["hinge"][0] > 1.5
+    assert (tmp_path / "scores.png").stat().st_size > 10_000
+
+
+def test_direction_is_the_difference_of_the_scores():
+    """Held against finite differences of the two log densities: x0_hat = (x + sigma^2 grad log
+    p) / alpha."""
+    from lesson.scores import DATA, SCHEDULE, STUDENT, TIME, direction, noised
+    x = noised(32, stream(0)).double()
+    alpha, sigma = 1 - TIME / SCHEDULE.T, TIME / SCHEDULE.T
+
+    def log_density(world, x):
+        means = alpha * world.means.double()
+        variance = (alpha * world.std) ** 2 + sigma**2
+        of_mode = world.weights.double().log() - torch.cdist(x, means).square() / (2 * variance)
+        return of_mode.logsumexp(1)
+
+    expected = torch.zeros_like(x)
+    for axis in range(2):
+        step = torch.zeros(2, dtype=torch.double)
+        step[axis] = 1e-5
+        for world, sign in ((DATA, 1), (STUDENT, -1)):
+            slope = (log_density(world, x + step) - log_density(world, x - step)) / 2e-5
+            expected[:, axis] += sign * slope
+    expected *= sigma**2 / alpha
+    assert torch.allclose(direction(x.float()).double(), expected, atol=1e-4)
 
 
 def test_a_kept_student_is_the_one_that_was_trained(tmp_path):

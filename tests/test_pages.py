@@ -48,6 +48,8 @@ def check_module(command):
     if name == "pytest":
         return
     source = Path(importlib.import_module(name).__file__).read_text(encoding="utf-8")
+    if "add_run_flags(" in source:
+        source += (ROOT / "lesson" / "rows.py").read_text(encoding="utf-8")
     for flag in [word for word in words_after(command, name) if word.startswith("--")]:
         assert f'"{flag}"' in source or f'"{flag[2:]}"' in source, (name, flag)
 
@@ -104,14 +106,26 @@ def test_the_readme_is_a_page_that_gets_read():
     assert len(text.split()) <= 1500
 
 
-def test_the_ablations_printed_are_those_that_ship():
-    """Mean and deviation of each row of docs/results.md, from lesson/results/ablations.json."""
-    from statistics import mean, stdev
+@pytest.mark.parametrize("script, file", [
+    ("tables", "glyphs"), ("dt", "dt"), ("scores", "scores")])
+def test_the_tables_printed_are_those_that_ship(script, file):
+    """Every line of the table that the script makes of the figures in lesson/results/."""
+    figures = json.loads((ROOT / "lesson" / "results" / f"{file}.json").read_text())
+    lines = importlib.import_module(f"lesson.{script}").table(figures).splitlines()
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    rows = json.loads((ROOT / "lesson" / "results" / "ablations.json").read_text())
-    assert len(rows) >= 14
-    for name, figures in rows.items():
-        line = re.search(rf"^\| {re.escape(name)} \|.*$", text, re.MULTILINE)[0]
-        for key in ("accuracy", "coverage_tv", "precision", "diversity"):
-            values = figures[key]
-            assert f"{mean(values):.3f} ± {stdev(values):.3f}" in line, (name, key)
+    assert len(lines) >= 6
+    for line in lines:
+        assert line in text, line
+
+
+def test_the_log_that_ships_is_as_healthy_as_the_page_says():
+    """| STAGE `loss` | LEAST to MOST | of docs/results.md, in means over a stage's last half."""
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    rules = re.findall(r"^\| (ADP|ADM) `(\w+)` \| (-?[\d.]+) to (-?[\d.]+) \|", text, re.MULTILINE)
+    assert len(rules) >= 6
+    file = ROOT / "lesson" / "results" / "reference" / "dmdx.jsonl"
+    log = [json.loads(line) for line in file.read_text().splitlines()]
+    for stage, loss, least, most in rules:
+        values = [entry[loss] for entry in log if entry["stage"] == stage.lower()]
+        half = values[len(values) // 2:]
+        assert float(least) <= sum(half) / len(half) <= float(most), (stage, loss, half)

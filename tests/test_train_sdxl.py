@@ -271,7 +271,8 @@ def test_the_embedded_run_marks_its_student(tmp_path):
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     for name in ("teacher", "untrained", "student"):
         row = result[name]
-        assert row.keys() == {"accuracy", "coverage_tv", "precision", "diversity"}, result
+        assert row.keys() == {"accuracy", "legible", "glyph_tv", "coverage_tv", "precision",
+                              "diversity"}, result
         assert 0 <= row["accuracy"] <= row["precision"] <= 1, result
     left, = result["noise_left"]
     assert 0.9 < left < 1.05, left
