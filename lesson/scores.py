@@ -1,6 +1,6 @@
 """The two scores at one x_t: what DMD takes of them, and what ADM's critic can learn.
 
-    python -m lesson.scores             # a minute on one core: a picture, a table, result.json
+    python -m lesson.scores             # half a minute on one core: picture, table, result.json
 
 The world is the ring of eight Gaussians (lesson/worlds.py). The "student" is a ring as well, wider
 and with too much of two modes, so both scores are known in closed form and nothing here depends on
