@@ -244,7 +244,8 @@ def distil(run, families, default):
         return None
     experts, schedule = done
     samples = run.show("samples.png", experts, schedule)
-    run.report.picture(*list(run.done.items())[-1], out.path / "samples.png")
+    last_stage, iterations = list(run.done.items())[-1]
+    run.report.picture(last_stage, iterations, out.path / "samples.png")
     wrong = first_not_finite(samples or {})
     if wrong:
         raise Failure(f"the student's {wrong} are not finite, so nothing was exported; look at its "

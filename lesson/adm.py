@@ -91,7 +91,7 @@ def print_table(result):
             print(f"{label:28s}" + "".join(figures) + f"{result[name]['seconds']:11.0f}")
 
 
-def sheet(x, rows=2, columns=3):
+def sheet(x, rows, columns):
     """Pages [n,1,12,12] -> one picture of rows x columns of them in [0,1], with a gap between."""
     x = (x[:rows * columns, 0].clamp(-1, 1) + 1) / 2                            # [6,12,12]
     x = torch.cat([x, x.new_full((rows * columns - len(x), *x.shape[1:]), 0.5)])
@@ -100,14 +100,18 @@ def sheet(x, rows=2, columns=3):
     return framed.view(rows, columns, side, side).permute(0, 2, 1, 3).reshape(rows * side, -1)
 
 
+def draw_pages(ax, x, rows, columns):
+    ax.imshow(sheet(x, rows, columns).numpy(), cmap="gray", vmin=0, vmax=1)
+    ax.set(xticks=[], yticks=[])
+
+
 def save_picture(path, pages_of, result):
     """Above six pages of each, below the shares of the glyphs on them beside the true ones."""
     figure, (above, below) = pyplot().subplots(
         2, len(pages_of), figsize=(2.6 * len(pages_of), 4.6), layout="constrained",
         height_ratios=(1.25, 1), sharey="row")
     for (name, x), picture, histogram in zip(pages_of.items(), above, below):
-        picture.imshow(sheet(x).numpy(), cmap="gray", vmin=0, vmax=1)
-        picture.set(xticks=[], yticks=[])
+        draw_pages(picture, x, rows=2, columns=3)
         picture.set_title(f"{LABELS[name]}\nlegible pages {result[name]['page']:.2f}", fontsize=9)
         histogram.bar(range(len(SHARES)), result[name]["shares"], color="C0")
         histogram.step([k - 0.5 for k in range(len(SHARES) + 1)], [*SHARES, SHARES[-1]], "k",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from lesson.adm import sheet
+from lesson.adm import draw_pages
 from lesson.glyphs import SCHEDULE, SHAPE, no_prompt, shipped_teacher
 from lesson.rows import Job, add_run_flags, kept_pairs, load_student, pairs_job, run_jobs
 from lesson.students import FOUR_STEPS, Setting
@@ -50,20 +50,17 @@ def save_score(path):
 
 def save_guidance(path):
     pipe = shapes.shipped_teacher()
-    pipe.set_progress_bar_config(disable=True)
     captions = [caption for caption in CAPTIONS for _ in range(4)]
     shown = {}
     for w in (1.0, 2.0, 3.0, 7.0):
-        generator = torch.Generator().manual_seed(SEED)
-        drawn = pipe(captions, num_inference_steps=25, guidance_scale=w, generator=generator,
-                     output_type="pt").images * 2 - 1                           # [8,3,32,32]
+        drawn = shapes.drawn_by(pipe, captions, SEED, guidance_scale=w)         # [8,3,32,32]
         right = shapes.accuracy(drawn, captions)
         shown[f"w = {w:g}: {right:.0%} right"] = drawn
     grid(path, shown, captions)
 
 
 def save_regression(path, out, teacher):
-    """Six pages of the teacher's pairs, and the student's answers to the same x_T."""
+    """Twelve pages of the teacher's pairs, and the student's answers to the same x_T."""
     x_T, x_0 = kept_pairs(out, SEED)
     student = load_student(out / f"seed{SEED}" / "A1", teacher).experts[0]
     with torch.no_grad():
@@ -71,8 +68,8 @@ def save_regression(path, out, teacher):
     figure, axes = pyplot().subplots(1, 2, figsize=(9, 2.6), layout="constrained")
     for ax, pages, title in zip(axes, (x_0[:12], answers), (
             "the teacher's x_0, 10 steps from x_T", "regression's one jump from the same x_T")):
-        ax.imshow(sheet(pages, rows=2, columns=6), cmap="gray", vmin=0, vmax=1)
-        ax.set(xticks=[], yticks=[], title=title)
+        draw_pages(ax, pages, rows=2, columns=6)
+        ax.set_title(title)
     figure.savefig(path, dpi=90)
 
 
@@ -86,8 +83,8 @@ def save_steps(path, out, teacher):
     for (above, below), t, s in zip(axes.T, FOUR_STEPS, FOUR_STEPS[1:]):
         jump, eps_hat = predict(student.net, SCHEDULE, x, torch.full((n,), t), no_prompt(n))
         for ax, pages, title in ((above, x, f"x_t, t = {t}"), (below, jump, "its jump, x0_hat")):
-            ax.imshow(sheet(pages, rows=2, columns=2), cmap="gray", vmin=0, vmax=1)
-            ax.set(xticks=[], yticks=[], title=title)
+            draw_pages(ax, pages, rows=2, columns=2)
+            ax.set_title(title)
         x = SCHEDULE.step(jump, eps_hat, s)
     figure.savefig(path, dpi=80)
 

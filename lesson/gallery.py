@@ -17,7 +17,6 @@ from lesson.runs import RESULTS, ROOT, Job, losses, patched, result_of, trained
 from training.errors import run_main
 from training.pictures import pyplot
 
-SEED = 0
 FOUR_STEPS = "--steps 4 --ttur 5 --lr-generator 1e-4"                   # as Phased DMD's
 SGTS = f"--method dmd --iterations-adm 80 {FOUR_STEPS}"
 WITHOUT_ADP = "--stage adm --iterations-adm 300 --lr-generator 3e-4"    # ADP's rate, half its time
@@ -57,12 +56,11 @@ FAILURES = {
 
 def train_all(out, at_a_time):
     """All failures, their twins, and what the twins go on from -> {name: folder}."""
-    jobs = {name: Job(SEED, name, twin.flags, twin.follows) for name, twin in TWINS.items()}
+    jobs = {name: Job(name, twin.flags, twin.follows) for name, twin in TWINS.items()}
     for name, mistake in FAILURES.items():
         code = patched(out, mistake.diff) if mistake.diff else ROOT
-        jobs[name] = Job(SEED, name, mistake.flags, code=code)
-    folders = trained(out, list(jobs.values()), at_a_time)
-    return {name: folders[SEED, name] for name in jobs}
+        jobs[name] = Job(name, mistake.flags, code=code)
+    return trained(out, list(jobs.values()), at_a_time)
 
 
 def four_in_one(images):

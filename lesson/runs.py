@@ -25,10 +25,10 @@ FOLDERS = ("training", "families", "teachers", "tools", "lesson")       # of cod
 # seed 0 for the time it takes; no run was tuned.
 SETTING = ["--pairs", "1024", "--iterations-adp", "600", "--iterations-adm", "100",
            "--batch-size", "16", "--save-every", "1000", "--sample-every", "100000"]
+SEED = 0
 
 
 class Job(NamedTuple):
-    seed: int
     name: str                   # of its folder
     flags: str
     follows: str = None         # the run whose finished ADP it goes on from
@@ -74,14 +74,14 @@ def start_from(source, folder, parts):
     new.rename(folder)
 
 
-def train(folder, seed, flags, code=ROOT):
+def train(folder, flags, code=ROOT):
     """train_sdxl.py on one thread, to its end; what it prints goes to FOLDER.log. Raises Failure
     with the last line of that if it does not get there."""
     if (folder / "result.json").exists():
         return
     log = Path(f"{folder}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, code / "train_sdxl.py", "--out", folder, "--seed", str(seed),
+    command = [sys.executable, code / "train_sdxl.py", "--out", folder, "--seed", str(SEED),
                "--resume", "auto", *SETTING, *flags]
     with open(log, "w") as file:
         ended = subprocess.run(command, stdout=file, stderr=file,
@@ -95,39 +95,34 @@ def train(folder, seed, flags, code=ROOT):
 
 def train_job(out, job):
     """Train a job, if that is not done yet -> its folder."""
-    of_seed = out / f"seed{job.seed}"
+    of_seed = out / f"seed{SEED}"
     folder = of_seed / job.name.replace(" ", "-")
     if job.follows:
         parts = ["pairs", "prompts", "checkpoints", "metrics.jsonl"]
         start_from(of_seed / job.follows, folder, parts)
     else:
         start_from(of_seed / "pairs", folder, ["pairs", "prompts"])
-    train(folder, job.seed, job.flags.split(), job.code)
+    train(folder, job.flags.split(), job.code)
     student = result_of(folder)["student"]
-    print(f"{time.strftime('%H:%M:%S')}  seed {job.seed}  {job.name:30s} "
+    print(f"{time.strftime('%H:%M:%S')}  seed {SEED}  {job.name:30s} "
           f"accuracy {student['accuracy']:.3f}   coverage TV {student['coverage_tv']:.3f}",
           flush=True)
     return folder
 
 
 def trained(out, jobs, at_a_time):
-    """Train all jobs, so many at a time -> {(seed, name): folder}. If one fails, those not yet
-    begun are not."""
+    """Train all jobs, so many at a time -> {name: folder}. If one fails, those not yet begun are
+    not."""
     with ThreadPoolExecutor(at_a_time) as pool:
         try:
-            pairs = []
-            for seed in {job.seed for job in jobs}:
-                folder = out / f"seed{seed}" / "pairs"
-                pairs.append(pool.submit(train, folder, seed, ["--stage", "pairs"]))
-            for future in pairs:
-                future.result()
+            pool.submit(train, out / f"seed{SEED}" / "pairs", ["--stage", "pairs"]).result()
             futures = {}
             # jobs that others go on from come first
             for job in sorted(jobs, key=lambda job: job.follows is not None):
                 if job.follows:
-                    futures[job.seed, job.follows].result()
-                futures[job.seed, job.name] = pool.submit(train_job, out, job)
-            return {key: future.result() for key, future in futures.items()}
+                    futures[job.follows].result()
+                futures[job.name] = pool.submit(train_job, out, job)
+            return {name: future.result() for name, future in futures.items()}
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -140,12 +135,10 @@ def result_of(folder):
     return json.loads((folder / "result.json").read_text())
 
 
-def losses(folder, stage=None):
-    """{"stage: loss": [(iteration, value), ...]} of a run, or of one of its stages."""
+def losses(folder):
+    """{"stage: loss": [(iteration, value), ...]} of a run."""
     found = {}
     for entry in logged(folder):
-        if stage not in (None, entry["stage"]):
-            continue
         for name in losses_in([entry]):
             points = found.setdefault(f"{entry['stage']}: {name}", [])
             points.append((entry["iteration"], entry[name]))

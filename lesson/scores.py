@@ -16,12 +16,14 @@ import argparse
 import json
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from discriminators import HINGE
+from lesson.dt import FRACTIONS, dt_of
 from lesson.worlds import Mixture, Net
 from ode import Schedule, predict
 from training.draws import stream
@@ -32,7 +34,6 @@ SCHEDULE = Schedule.straight()
 DATA = Mixture.ring()
 STUDENT = Mixture.ring(std=0.3, weights=[4, 1, 1, 1, 4, 1, 1, 1])
 TIME = 400                                      # of T = 1000: the modes are still apart
-FRACTIONS = (64, 16, 6, 3)                      # dt = T / these
 SAMPLES = (4096, 16384, 65536)                  # that the critic has seen
 BATCH = 256
 POINT = torch.tensor([[0.85, 0.75]])             # the one x_t of the picture
@@ -68,10 +69,11 @@ class Critic(torch.nn.Module):
         return output[:, 0]
 
 
-def slope(critic, x):
-    """dD/dx, [B,2]: where G's loss -D moves a sample."""
-    x = x.detach().requires_grad_()
-    return torch.autograd.grad(critic(x).sum(), x)[0]
+def slope(critic, dt, x_t):
+    """dD/dx at x_fake, [B,2]: where G's loss -D moves a sample noised to x_t."""
+    x_fake, _ = steps_from(x_t, dt)
+    x_fake.requires_grad_()
+    return torch.autograd.grad(critic(x_fake).sum(), x_fake)[0]
 
 
 @torch.no_grad()
@@ -84,8 +86,8 @@ def direction(x_t):
 def agreement(critic, dt, generator):
     """The cosine of the critic's slope and the scores' difference, over samples and axes."""
     x_t = noised(4096, generator)
-    x_fake, _ = steps_from(x_t, dt)
-    return F.cosine_similarity(slope(critic, x_fake).flatten(), direction(x_t).flatten(), 0).item()
+    moved = slope(critic, dt, x_t).flatten()
+    return F.cosine_similarity(moved, direction(x_t).flatten(), 0).item()
 
 
 def learn(dt, seed):
@@ -129,7 +131,7 @@ def draw_worlds(ax):
 def draw_point(ax):
     """One x_t, both guesses of x_0, and both steps to t - T/6."""
     (x0_fake, _), (x0_real, _) = pairs_at(POINT)
-    x_fake, x_real = steps_from(POINT, SCHEDULE.T // 6)
+    x_fake, x_real = steps_from(POINT, dt_of(6))
     ax.plot(*noised(4000, stream(2)).T, ".", ms=2, color="0.8")
     ax.plot(*DATA.means.T, "k+", ms=12)
     ax.plot(*POINT.T, "ko", label="x_t")
@@ -159,11 +161,7 @@ def save_picture(path, critics):
     draw_field(axes[2], direction, "what DMD takes: x0_real - x0_fake")
     for ax, fraction in zip(axes[3:], (6, 64)):
         critic, cosine = critics[fraction]
-
-        def arrows(x_t, critic=critic, dt=round(SCHEDULE.T / fraction)):
-            x_fake, _ = steps_from(x_t, dt)
-            return slope(critic, x_fake)
-
+        arrows = partial(slope, critic, dt_of(fraction))
         draw_field(ax, arrows, f"what ADM does: the critic's slope,\ndt = T/{fraction}, after "
                                f"{SAMPLES[-1]:,} samples (cosine {cosine:.2f})")
     for ax in axes:
@@ -191,7 +189,7 @@ def main():
     for fraction in FRACTIONS:
         found = dict(cosine=[], hinge=[])
         for seed in args.seeds:
-            critic, cosines, hinge = learn(round(SCHEDULE.T / fraction), seed)
+            critic, cosines, hinge = learn(dt_of(fraction), seed)
             found["cosine"].append(cosines)
             found["hinge"].append(hinge)
         result[f"T/{fraction}"] = found

@@ -18,7 +18,7 @@ from adm import score_loss
 from families import sd3
 from families.family import Latent
 from teachers.make_sdxl import encode_all, pretrain
-from teachers.shapes import CAPTIONS, PX, drawings, mark, read_line, shipped_teacher
+from teachers.shapes import CAPTIONS, PX, drawings, legibility, mark, shipped_teacher
 from training.schedules import from_diffusers
 
 CALL = "num_inference_steps=25, guidance_scale=3.0, max_sequence_length=1"
@@ -74,8 +74,7 @@ def train(pipe, index, images, iterations, batch=64):
     def marks_of(nets):
         pipe.transformer, = nets
         right, images = mark(pipe, 144, max_sequence_length=1)
-        _, legible = read_line(images)
-        return right, legible.float().mean().item()
+        return right, legibility(images)
 
     pipe.transformer, = pretrain("sd3", torch.nn.ModuleList([net]), loss_of, marks_of,
                                  iterations)

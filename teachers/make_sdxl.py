@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from adm import score_loss
 from families.vision import vision_taps
 from teachers.alphabet import SHARES
-from teachers.shapes import CAPTIONS, CELLS, PX, drawings, mark, marks, read, read_line
+from teachers.shapes import (CAPTIONS, CELLS, PX, drawings, legibility, mark, marks, read,
+                             read_line)
 from training.schedules import from_diffusers
 
 # --------------------------------------------------------------------------- the untrained pipeline
@@ -190,8 +191,7 @@ def train_teacher(pipe, index, latents, iterations, batch=64):
     def marks_of(nets):
         use(nets)
         right, images = mark(pipe, 144)
-        _, legible = read_line(images)
-        return right, legible.float().mean().item()
+        return right, legibility(images)
 
     use(pretrain("teacher", nets, loss_of, marks_of, iterations))
 

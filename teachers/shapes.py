@@ -198,6 +198,12 @@ def accuracy(images, captions):
     return agreement(said, captions)
 
 
+def legibility(images):
+    """Fraction of the glyphs that are legible."""
+    _, legible = read_line(images)
+    return legible.float().mean().item()
+
+
 def coverage_tv(images, reference):
     """Total variation, in [0,1], between the places of two sets of images (illegible ones form a
     cell of their own)."""
@@ -240,15 +246,24 @@ def marks(images, captions, reference):
                 diversity=sum(differ) / max(len(differ), 1))
 
 
+def captions_in_turn(n):
+    return [CAPTIONS[i % len(CAPTIONS)] for i in range(n)]
+
+
 @torch.no_grad()
-def mark(pipe, n=576, seed=0, **call):
-    """Draw n captions in turn, as the teacher samples or as `call` says -> (accuracy, images
-    [n,3,32,32] in [-1,1])."""
-    captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(n)]
+def drawn_by(pipe, captions, seed=0, **call):
+    """Draw these captions, as the teacher samples or as `call` says -> images [n,3,32,32] in
+    [-1,1]."""
     pipe.set_progress_bar_config(disable=True)
     call = dict(num_inference_steps=25, guidance_scale=3.0) | call
     drawn = pipe(captions, **call, generator=torch.Generator().manual_seed(seed), output_type="pt")
-    images = drawn.images * 2 - 1
+    return drawn.images * 2 - 1
+
+
+def mark(pipe, n=576, seed=0, **call):
+    """Draw n captions in turn, see `drawn_by` -> (accuracy, images [n,3,32,32] in [-1,1])."""
+    captions = captions_in_turn(n)
+    images = drawn_by(pipe, captions, seed, **call)
     return accuracy(images, captions), images
 
 
@@ -272,10 +287,10 @@ def mark_teacher(out):
     began = time.time()
     pipe = shipped_teacher()
     shown, result = {}, {}
+    captions = captions_in_turn(288)
     for steps in (25, 8, 4, 1):
-        _, images = mark(pipe, 288, num_inference_steps=steps)
-        captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(144)]
-        found = marks(images[144:], captions, images[:144])
+        images = drawn_by(pipe, captions, num_inference_steps=steps)
+        found = marks(images[144:], captions[144:], images[:144])
         result[str(steps)] = found
         print(f"teacher, {steps:2d} steps: " + "   ".join(
             f"{name} {found[name]:.3f}" for name in ("accuracy", "legible", "glyph_tv",
