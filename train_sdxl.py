@@ -1,7 +1,9 @@
 """Distil an image pipeline of diffusers to a few steps: DMDX (ODE pairs, ADP, ADM), ADM alone, DMD,
 or Phased DMD. For SDXL, SD3, SD3.5 and Qwen-Image; a family is a file in families/.
 
-    python train_sdxl.py                                # the embedded teacher, two cores, minutes
+    # teachers that ship, two cores, minutes
+    python train_sdxl.py                                                # an SDXL, to one step
+    python train_sdxl.py --model teachers/sd3 --out out/sd3             # an SD3, to four
     python train_sdxl.py --method phased_dmd --out out/phased           # two experts of two steps
 
     # one GPU, by LoRA
@@ -28,6 +30,7 @@ from families.family import of_medium
 from families.vision import load_vision_encoder, vision_taps
 from phased_dmd import Expert, cut_into_phases, phased_dmd
 from teachers import embedded
+from teachers.report import report_of_student
 from tools import dry_run
 from training import threads
 from training.batches import pair_batches, prompt_batches
@@ -228,12 +231,13 @@ def stages_of(args, family):
     return [name for name in names if args.stage in ("all", name)]
 
 
-def distil(run, families, default):
+def distil(run, families, path, shipped):
     """Pairs, training, export -> what of the run's table goes into result.json, or None if it ends
-    before there is a student."""
+    before there is a student. path: of the teacher; shipped: its record, if it is an embedded
+    one."""
     args, teacher, out = run.args, run.teacher, run.out
     has_pairs = args.stage == "all" and run.stages[0] in ("adp", "reflow")
-    if args.stage == "pairs" or has_pairs or args.model is None:
+    if args.stage == "pairs" or has_pairs or shipped:
         if not collect_pairs(args, out, teacher, run.stop):
             return goodbye(out)
     barrier()
@@ -251,28 +255,27 @@ def distil(run, families, default):
         raise Failure(f"the student's {wrong} are not finite, so nothing was exported; look at its "
                       f"losses in {out.path}/metrics.jsonl")
     table = {}
-    if default and args.model is None and (teacher.fsdp or world()[0] == 0):
-        table = default.report(run, experts, schedule)
+    if shipped and (teacher.fsdp or world()[0] == 0):
+        table = report_of_student(shipped, run, experts, schedule)
     weights = [{} if isinstance(expert.net, Lora) else on_rank_0(expert.net.state_dict())
                for expert in experts]
     if world()[0] == 0:
         curves(out)
         write_folder(out.path / "samples", {"samples.safetensors": samples}, teacher.facts)
-        export(run, families, default and default.folder, experts, schedule, weights)
+        export(run, families, path, experts, schedule, weights)
     return table
 
 
-def main(doc, medium, default=None):
-    """default: the embedded teacher that is distilled if no --model is given, or None."""
+def main(doc, medium):
     families = of_medium(medium)
-    args = parse(doc, families, default)
-    path = args.model or default.folder
+    args, shipped = parse(doc, families, embedded.of_medium(medium))
+    path = args.model or shipped.folder
     family = families[pipeline_class(path, families)]
     if args.dry_run:
         pipe = load_pipeline(args, families, path, hollow="all")
         return dry_run.report(args, pipe, family, args.dry_run)
     began = time.time()
-    prompts = read_prompts(args.prompts) if args.prompts else default.prompts
+    prompts = read_prompts(args.prompts) if args.prompts else shipped.prompts
     look_at = read_prompts(args.look_at, "--look-at") if args.look_at else []
     refuse_without_callback(args, family)
     device = start(alone=args.fsdp or args.cpu_offload)
@@ -289,7 +292,7 @@ def main(doc, medium, default=None):
     run = Run(args, out, teacher, stop, stages, checkpoint, reached, pictures(args, out, teacher),
               report=report)
     try:
-        table = distil(run, families, default)
+        table = distil(run, families, path, shipped)
     except NotFinite as e:
         drawn = sorted(set(gather_lists(teacher.drawn)))
         lines = [f"{i + 1} ({textwrap.shorten(prompts[i], 40)})" for i in drawn]
@@ -307,4 +310,4 @@ def main(doc, medium, default=None):
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(__doc__, "image", embedded.SDXL))
+    run_main(lambda: main(__doc__, "image"))

@@ -75,14 +75,18 @@ def start_from(source, folder, parts):
 
 
 def train(folder, flags, code=ROOT):
-    """train_sdxl.py on one thread, to its end; what it prints goes to FOLDER.log. Raises Failure
-    with the last line of that if it does not get there."""
+    """train_sdxl.py with SETTING and these flags, as run_script runs it."""
+    run_script(folder, "train_sdxl.py", ["--seed", str(SEED), *SETTING, *flags], code)
+
+
+def run_script(folder, script, flags, code=ROOT):
+    """A training script on one thread, to its end; what it prints goes to FOLDER.log. Raises
+    Failure with the last line of that if it does not get there."""
     if (folder / "result.json").exists():
         return
     log = Path(f"{folder}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, code / "train_sdxl.py", "--out", folder, "--seed", str(SEED),
-               "--resume", "auto", *SETTING, *flags]
+    command = [sys.executable, code / script, "--out", folder, "--resume", "auto", *flags]
     with open(log, "w") as file:
         ended = subprocess.run(command, stdout=file, stderr=file,
                                env=dict(os.environ, OMP_NUM_THREADS="1"))

@@ -4,25 +4,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
-from teachers.report import report
-from teachers.shapes import CAPTIONS
+from teachers import moving, shapes
 
 HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
 class Embedded:
+    name: str                   # as --help has it
     folder: Path
     prompts: list
     settings: dict              # {flag: value}
     settings_phased: dict       # the same, on top, for --method phased_dmd
-    report: Callable            # (run, experts, schedule) -> the table, dict for result.json
+    marks: Callable             # (samples, captions, reference samples) -> {mark: value in [0,1]}
+    columns: dict               # {mark: its heading in the table}
 
+
+# what the marks are stands in teachers/shapes.py
+OF_SHAPES = dict(accuracy="accuracy", legible="legible glyphs", glyph_tv="TV of glyphs",
+                 coverage_tv="TV of places", diversity="diversity")
+# and in teachers/moving.py
+OF_MOVING = dict(accuracy="accuracy", steady="steady", diversity="diversity")
 
 # three orders of magnitude fewer weights and iterations than the paper's
 SDXL = Embedded(
+    name="embedded SDXL",
     folder=HERE / "sdxl",
-    prompts=CAPTIONS,
+    prompts=shapes.CAPTIONS,
     settings=dict(
         pairs=2048, pair_steps=20, pair_guidance=3.0, iterations_adp=2000, iterations_adm=100,
         batch_size=32, decay=True, lr_generator_adp=3e-4, lr_generator=1e-5, lr_fake=1e-3,
@@ -32,4 +40,36 @@ SDXL = Embedded(
         # seeds 10 and 11 of an earlier teacher (docs/notebook.md)
         warm_heads=True, dt=[64]),
     settings_phased=dict(iterations_phase=150, lr_generator=1e-4, lora_rank=0, accumulate=1),
-    report=report)
+    marks=shapes.marks,
+    columns=OF_SHAPES)
+
+SD3 = Embedded(
+    name="embedded SD3",
+    folder=HERE / "sd3",
+    prompts=shapes.CAPTIONS,
+    settings=dict(
+        no_t5=True, text_tokens=1, pairs=2048, pair_steps=20, pair_guidance=3.0, batch_size=32,
+        iterations_adm=1000, lr_generator=1e-4, lr_fake=3e-4, lr_discriminator=1e-4, dt=[64],
+        guidance=[2.0, 4.0], ema=0.995, head_channels=64, sample_every=250, save_every=250),
+    settings_phased=dict(iterations_phase=300, lr_generator=1e-4, lr_fake=3e-4, lora_alpha=64.0,
+                         accumulate=1),
+    marks=shapes.marks,
+    columns=OF_SHAPES)
+
+COGVIDEOX = Embedded(
+    name="embedded CogVideoX",
+    folder=HERE / "cogvideox",
+    prompts=moving.CAPTIONS,
+    settings=dict(
+        text_tokens=8, pairs=576, pair_steps=25, pair_guidance=3.0, batch_size=16,
+        iterations_adm=300, lr_generator=3e-5, lr_fake=1e-3, lr_discriminator=1e-4, ttur=2,
+        guidance=[2.0, 4.0], ema=0.98, head_channels=64, sample_every=250, save_every=250),
+    settings_phased=dict(iterations_phase=150, lr_generator=1e-4, lora_rank=0, accumulate=1),
+    marks=moving.marks,
+    columns=OF_MOVING)
+
+
+def of_medium(medium):
+    """The embedded teachers of "image" or "video", first the one that is distilled without
+    --model."""
+    return [SDXL, SD3] if medium == "image" else [COGVIDEOX]

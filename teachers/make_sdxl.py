@@ -123,7 +123,7 @@ def train_vae(vae, images, iterations, lr=2e-3, batch=32):
 
 @torch.no_grad()
 def encode_all(vae, images):
-    """Images [n,3,32,32] -> scaled latents [n,4,8,8]."""
+    """Images [n,3,32,32] -> scaled latents [n,4,8,8]; or videos [n,3,F,H,W]."""
     latents = [vae.encode(part).latent_dist.mode() for part in images.split(512)]
     return torch.cat(latents) * vae.config.scaling_factor
 
@@ -137,8 +137,8 @@ def decode_all(vae, latents):
 def pretrain(name, nets, loss_of, marks_of, iterations, lr=1e-3, ema=0.999):
     """Ordinary pre-training of `nets`, a ModuleList: warm-up, cosine, clipping -> its EMA.
 
-    loss_of(): draws a batch and returns its loss. marks_of(nets): (accuracy, share of
-    legible glyphs) of what they draw by now.
+    loss_of(): draws a batch and returns its loss. marks_of(nets): {name: value} of what they draw
+    by now.
     """
     average = deepcopy(nets).eval()
     optimizer = torch.optim.AdamW(nets.train().parameters(), lr, betas=(0.9, 0.99),
@@ -159,9 +159,8 @@ def pretrain(name, nets, loss_of, marks_of, iterations, lr=1e-3, ema=0.999):
             step = 1 - min(ema, (i + 1) / (i + 10))             # a short memory at first
             torch._foreach_lerp_(list(average.parameters()), list(nets.parameters()), step)
         if i % 500 == 499 or i == iterations - 1:
-            accuracy, legible = marks_of(average)
-            print(f"{name} {i + 1:5d}  loss {loss.item():.4f}  accuracy {accuracy:.3f}  "
-                  f"legible {legible:.3f}", flush=True)
+            found = "  ".join(f"{mark} {value:.3f}" for mark, value in marks_of(average).items())
+            print(f"{name} {i + 1:5d}  loss {loss.item():.4f}  {found}", flush=True)
     return average
 
 
@@ -191,7 +190,7 @@ def train_teacher(pipe, index, latents, iterations, batch=64):
     def marks_of(nets):
         use(nets)
         right, images = mark(pipe, 144)
-        return right, legibility(images)
+        return dict(accuracy=right, legible=legibility(images))
 
     use(pretrain("teacher", nets, loss_of, marks_of, iterations))
 

@@ -1,17 +1,16 @@
 """The table at the end of an embedded teacher's run: teacher, untrained and trained student, each
-marked by the reader of teachers/shapes.py."""
+marked by the reader of its world."""
 from ode import predict
 from phased_dmd import generate
-from teachers.shapes import marks
 from training.batches import fixed_noise
 from training.pairs import load_pairs
 from training.ranks import world
 from training.show import student_sampler
 
 
-def report(run, experts, schedule):
+def report_of_student(shipped, run, experts, schedule):
     """Print the table -> dict for result.json. Half of the pairs are the teacher's row; the other
-    half are the reference that places are compared with."""
+    half are the reference that places are compared with. shipped: teachers.embedded.Embedded."""
     args, teacher = run.args, run.teacher
     _, x_0, prompt = load_pairs(args, run.out, teacher)
     half = len(prompt) // 2
@@ -26,26 +25,23 @@ def report(run, experts, schedule):
     labels = dict(teacher=f"teacher, {args.pair_steps} steps with guidance",
                   untrained=f"teacher, {args.steps} step",
                   student=f"student, {args.steps} step")
-    images = dict(teacher=teacher.images(x_0[:half]),
-                  untrained=draw(untrained),
-                  student=draw(student_sampler(args, experts, schedule)))
-    table = {row: marks(images[row], captions, reference) for row in labels}
+    samples = dict(teacher=teacher.images(x_0[:half]),
+                   untrained=draw(untrained),
+                   student=draw(student_sampler(args, experts, schedule)))
+    table = {row: shipped.marks(samples[row], captions, reference) for row in labels}
     left = noise_left(teacher, experts, schedule, x_T, prompt[:half])
     if world()[0] == 0:
-        print_table(f"{half} images each", labels, table)
+        print_table(f"{half} samples each", labels, table, shipped.columns)
         for k, share in enumerate(left, 1):
             print(f"expert {k} hands on x_s with {share:.3f} of the noise it should have")
     return dict(table, noise_left=left)
 
 
-def print_table(title, labels, table):
-    """labels: {row: what it is called}. table: {row: its marks}. What the marks are stands in
-    teachers/shapes.py."""
-    columns = dict(accuracy="accuracy", legible="legible glyphs", glyph_tv="TV of glyphs",
-                   coverage_tv="TV of places", diversity="diversity")
-    print("\n" + title.ljust(31) + "".join(f"{column:>16s}" for column in columns.values()))
+def print_table(title, labels, table, columns):
+    """labels: {row: what it is called}. table: {row: its marks}. columns: {mark: its heading}."""
+    print("\n" + title.ljust(31) + "".join(f"{heading:>16s}" for heading in columns.values()))
     for row, label in labels.items():
-        print(label.ljust(30) + "".join(f"{table[row][name]:16.3f}" for name in columns))
+        print(label.ljust(30) + "".join(f"{table[row][mark]:16.3f}" for mark in columns))
 
 
 def noise_left(teacher, experts, schedule, x_T, prompt):

@@ -133,41 +133,58 @@ def read(images):
     shape's colour. The stencil and place with the fewest misnamed pixels win. More misnamed pixels
     than a quarter of the stencil: illegible.
     """
-    plates = images.float().cpu()[:, :, :PLATE]
-    rgb = (plates.clamp(-1, 1) + 1) / 2                                             # [B,3,24,32]
-    distance = (rgb[:, None] - PALETTE[None, :, :, None, None]).square().sum(2)     # [B,4,24,32]
-    names = distance.argmin(1)                                                      # [B,24,32]
-    count = F.one_hot(names.flatten(1), len(COLOURS)).sum(1)                        # [B,4]
-    ground = count.argmax(1)                                                        # [B]
-    colour = count.scatter(1, ground[:, None], -1).argmax(1)                        # [B]
-    stencils, cells, misnamed = best_fit(names, ground, colour)
+    names = names_of_pixels(images.float().cpu()[:, :, :PLATE])                     # [B,24,32]
+    ground, colour = grounds_and_colours(names.flatten(1))                          # [B]
+    stencils, cells, misfit = best_fit(names, ground, colour)
     colours = list(COLOURS)
     captions = []
     for k, c, g, part in zip(stencils.tolist(), colour.tolist(), ground.tolist(),
-                             misnamed.tolist()):
+                             misfit.tolist()):
         shape, size, _ = STENCILS[k]
         legible = part <= 0.25
         captions.append(f"a {size} {colours[c]} {shape} on {colours[g]}" if legible else None)
-    return captions, cells.masked_fill(misnamed > 0.25, -1)
+    return captions, cells.masked_fill(misfit > 0.25, -1)
+
+
+def names_of_pixels(images):
+    """The nearest colour of each pixel. images [B,3,H,W] in [-1,1] -> LongTensor [B,H,W]."""
+    rgb = (images.clamp(-1, 1) + 1) / 2
+    distance = (rgb[:, None] - PALETTE[None, :, :, None, None]).square().sum(2)     # [B,4,H,W]
+    return distance.argmin(1)
+
+
+def grounds_and_colours(names):
+    """names [B,p] of pixels -> the commonest, which is the ground's, and the next, the shape's;
+    each LongTensor [B]."""
+    count = F.one_hot(names, len(COLOURS)).sum(1)                                   # [B,4]
+    ground = count.argmax(1)                                                        # [B]
+    colour = count.scatter(1, ground[:, None], -1).argmax(1)
+    return ground, colour
+
+
+def misnamed(names, ground, colour, mask):
+    """How badly a shape fits at each place: pixels outside of it that are not ground and pixels
+    inside that are not its colour, as a part of its area. names [B,H,W], ground and colour [B],
+    mask [h,w] -> [B,H-h+1,W-w+1]."""
+    off_ground = (names != ground[:, None, None]).float()[:, None]                  # [B,1,H,W]
+    is_colour = (names == colour[:, None, None]).float()[:, None]
+    off_ground_inside = F.conv2d(off_ground, mask[None, None])[:, 0]        # [B,rows,columns]
+    right_inside = F.conv2d(is_colour, mask[None, None])[:, 0]
+    off_ground_outside = off_ground.sum((2, 3))[:, :, None] - off_ground_inside
+    return (off_ground_outside + mask.sum() - right_inside) / mask.sum()
 
 
 def best_fit(names, ground, colour):
     """The stencil and place that fit best. names [B,24,32] of the pixels, ground and colour [B] ->
     (index into STENCILS [B], cell [B], misnamed pixels as a part of the stencil [B])."""
-    off_ground = (names != ground[:, None, None]).float()[:, None]                  # [B,1,24,32]
-    is_colour = (names == colour[:, None, None]).float()[:, None]
     B = len(names)
     best = torch.full((B,), float("inf"))
     which = torch.zeros(B, dtype=torch.long)
     cell = torch.zeros(B, dtype=torch.long)
     for k, (_, _, mask) in enumerate(STENCILS):
-        # wrong: pixels outside that are not ground, and pixels inside that are not the colour
-        off_ground_inside = F.conv2d(off_ground, mask[None, None])[:, 0]    # [B,rows,columns]
-        right_inside = F.conv2d(is_colour, mask[None, None])[:, 0]
-        wrong = (off_ground.sum((1, 2, 3))[:, None, None] + mask.sum()
-                 - off_ground_inside - right_inside)
+        wrong = misnamed(names, ground, colour, mask)
         rows, columns = wrong.shape[1:]                                 # of possible places
-        least, place = (wrong / mask.sum()).flatten(1).min(1)                       # [B]
+        least, place = wrong.flatten(1).min(1)                                       # [B]
         down, across = place // columns, place % columns
         cell_here = (down * CELLS // rows) * CELLS + across * CELLS // columns
         better = least < best
@@ -222,6 +239,17 @@ def places_tv(cells, reference):
     return 0.5 * (cell_shares(cells) - cell_shares(reference)).abs().sum().item()
 
 
+def pairs_that_differ(captions, cells):
+    """Of the pairs of legible drawings of one caption, the share in different cells. cells:
+    LongTensor, -1 where illegible."""
+    legible = [(caption, cell) for caption, cell in zip(captions, cells.tolist()) if cell >= 0]
+    differ = []
+    for (caption, cell), (other_caption, other_cell) in itertools.combinations(sorted(legible), 2):
+        if caption == other_caption:
+            differ.append(cell != other_cell)
+    return sum(differ) / max(len(differ), 1)
+
+
 def marks(images, captions, reference):
     """The whole report on images [B,3,32,32] drawn for these captions, beside those of a reference
     -> dict of what stands above, each in [0,1], and precision: the share of plates that show
@@ -233,17 +261,12 @@ def marks(images, captions, reference):
     said, cells = read(images)
     glyphs, glyph_legible = read_line(images)
     _, reference_cells = read(reference)
-    legible = [(caption, cell) for caption, cell in zip(captions, cells.tolist()) if cell >= 0]
-    differ = []
-    for (caption, cell), (other_caption, other_cell) in itertools.combinations(sorted(legible), 2):
-        if caption == other_caption:
-            differ.append(cell != other_cell)
     return dict(accuracy=agreement(said, captions),
                 legible=glyph_legible.float().mean().item(),
                 glyph_tv=shares_tv(shares_of(glyphs, glyph_legible)),
                 coverage_tv=places_tv(cells, reference_cells),
-                precision=len(legible) / len(captions),
-                diversity=sum(differ) / max(len(differ), 1))
+                precision=(cells >= 0).float().mean().item(),
+                diversity=pairs_that_differ(captions, cells))
 
 
 def captions_in_turn(n):

@@ -36,7 +36,7 @@ CASES = {
 
 def flags(line):
     common = "--bf16 --grad-checkpointing --head-channels 8 --batch-size 2 --pair-steps 3"
-    return parser_of("", FAMILIES, None).parse_args([*common.split(), *line.split()])
+    return parser_of("", FAMILIES, ()).parse_args([*common.split(), *line.split()])
 
 
 def sam(path, device=None):

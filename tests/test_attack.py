@@ -103,7 +103,7 @@ def test_a_lock_that_is_no_file(tmp_path):
 def parsed(monkeypatch, small, *flags):
     words = ["--model", small / "model", "--prompts", small / "prompts.txt", *flags]
     monkeypatch.setattr(sys, "argv", ["train_sdxl.py", *map(str, words)])
-    return parse("", of_medium("image"), None)
+    return parse("", of_medium("image"), ())[0]
 
 
 @pytest.mark.parametrize("flags, words", [

@@ -50,7 +50,7 @@ def arguments(model, *flags):
     before = sys.argv
     sys.argv = ["train_sdxl.py", "--model", str(model), "--prompts", "x", *flags]
     try:
-        return parse("", of_medium("image"), None)
+        return parse("", of_medium("image"), ())[0]
     finally:
         sys.argv = before
 

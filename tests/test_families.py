@@ -239,10 +239,10 @@ def test_the_papers_values_are_each_models_defaults(family, monkeypatch):
         families = of_medium("image" if script == IMAGES else "video")
         words = [script, "--model", str(folder), "--prompts", str(prompts)]
         monkeypatch.setattr(sys, "argv", words)
-        args = parse("", families, None)
+        args, _ = parse("", families, ())
         assert (args.steps, args.lr_generator, args.guidance, args.lora_rank) == values, name
         monkeypatch.setattr(sys, "argv", [*words, "--method", "phased_dmd"])
-        args = parse("", families, None)
+        args, _ = parse("", families, ())
         assert (args.steps, args.lr_generator, args.lr_fake) == (4, 5e-5, 4e-7), name
         assert (args.lora_rank, args.lora_alpha, args.ttur) == (64, 8.0, 5), name
 

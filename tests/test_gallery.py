@@ -76,7 +76,7 @@ def test_a_run_that_fails_is_named(forked, monkeypatch, tmp_path):
 @pytest.mark.parametrize("flags", ALL_FLAGS)
 def test_flags_are_right(flags, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train_sdxl.py", *runs.SETTING, *flags.split()])
-    parse("", of_medium("image"), embedded.SDXL)
+    parse("", of_medium("image"), embedded.of_medium("image"))
 
 
 def test_failures_have_healthy_twins():

@@ -84,7 +84,7 @@ def test_who_has_the_last_word_on_a_flag(code, monkeypatch):
     def parsed(*flags):
         words = ["--model", str(code / "model"), "--prompts", "x", "--method", "phased_dmd"]
         monkeypatch.setattr(sys, "argv", ["train_sdxl.py", *words, *flags])
-        return parse("", {"PixArtSigmaPipeline": family}, None)
+        return parse("", {"PixArtSigmaPipeline": family}, ())[0]
 
     family = replace(pixart.FAMILY, defaults=lambda config: dict(
         lr_fake=0.1, lora_rank=5, guidance=[4.0, 5.0]))

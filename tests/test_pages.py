@@ -37,8 +37,8 @@ def words_after(command, name):
 
 
 def check_training(command, script):
-    medium, default = ("image", embedded.SDXL) if script == "train_sdxl.py" else ("video", None)
-    parser = parser_of("", of_medium(medium), default)
+    medium = "image" if script == "train_sdxl.py" else "video"
+    parser = parser_of("", of_medium(medium), embedded.of_medium(medium))
     parser.parse_args(words_after(command, script))
 
 

@@ -663,7 +663,7 @@ def outcome(job):
 def parsed(monkeypatch, *words):
     """outcome() of the command line of train_sdxl.py."""
     monkeypatch.setattr(sys, "argv", ["train_sdxl.py", *map(str, words)])
-    return outcome(lambda: parse("", of_medium("image"), embedded.SDXL))
+    return outcome(lambda: parse("", of_medium("image"), embedded.of_medium("image")))
 
 
 def test_20_bad_flags_are_reported_at_once(small, tmp_path, monkeypatch):
@@ -710,7 +710,7 @@ def test_20_ranks_that_share_samples_must_divide_all(tmp_path, monkeypatch, grou
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setattr(sys, "argv", ["train_cogvideox.py", "--model", str(tmp_path), "--prompts",
                                       "x", "--context-parallel", str(group)])
-    code, line = outcome(lambda: parse("", of_medium("video"), None))
+    code, line = outcome(lambda: parse("", of_medium("video"), ()))
     assert code == (2 if wrong else None)
     assert line.count("--context-parallel") == len(line.splitlines()) == wrong
 
@@ -774,7 +774,7 @@ def test_22_disk_full_for_logs_and_pictures(small, reference, folder):
 
 # -------------------------------------------------------------------------------------- the fuzz
 
-FLAGS = [word for word in parser_of("", of_medium("image"), embedded.SDXL)._option_string_actions
+FLAGS = [word for word in parser_of("", of_medium("image"), [embedded.SDXL])._option_string_actions
          if word.startswith("--")]
 VALUES = st.one_of(
     st.sampled_from(["0", "-1", "1", "2", "nan", "inf", "-inf", "1e400", "9" * 30, "-0.0", "abc",

@@ -57,7 +57,7 @@ def run_of(small, tmp_path, monkeypatch):
                  "--pixel-backbone", str(small / "vision"), *FLAGS.split(), *flags]
         monkeypatch.setattr(sys, "argv", ["train_sdxl.py", *words])
         families = of_medium("image")
-        args = parse("", families, None)
+        args, _ = parse("", families, ())
         out = Output(args.out, None)
         teacher = Teacher(args, out, PROMPTS, [], torch.device("cpu"), families, None)
         start = {name: p.detach().clone() for name, p in teacher.net.named_parameters()}

@@ -128,7 +128,7 @@ def test_what_is_not_installed_is_a_wrong_flag(monkeypatch, capsys, name):
     monkeypatch.setitem(sys.modules, name, None)                # as if it were not there
     monkeypatch.setattr(sys, "argv", ["train_sdxl.py", "--report-to", name, "--steps", "0"])
     with pytest.raises(SystemExit) as left:
-        parse("", of_medium("image"), embedded.SDXL)
+        parse("", of_medium("image"), embedded.of_medium("image"))
     line, = capsys.readouterr().err.splitlines()
     assert left.value.code == 2
     assert f"--report-to {name}: not installed; pip install {name}" in line and "--steps 0" in line

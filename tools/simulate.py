@@ -193,8 +193,7 @@ def main():
     args = SimpleNamespace(**json.load(sys.stdin))
     args.warm_heads = False                     # there is no ADP to take them from
     families = of_medium(medium)
-    default = embedded.SDXL.folder if medium == "image" else None
-    pipe = load_pipeline(args, families, default, hollow="all")
+    pipe = load_pipeline(args, families, embedded.of_medium(medium)[0].folder, hollow="all")
     stages = in_fork(simulate, args, pipe, families[type(pipe).__name__], args.dry_run)
     print(json.dumps(stages))
 

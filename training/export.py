@@ -193,7 +193,7 @@ def model_card(run, folder, missing, network, facts):
                   f"    return kwargs\n")
         callback = ", callback_on_step_end=switch"
     result, save = RESULT[family.medium]
-    model = printable(args.model or "the embedded teacher of captioned shapes").replace("`", "'")
+    model = printable(args.model or "the embedded teacher").replace("`", "'")
     own_guidance = "" if args.cfg_student is None else ", and the student takes its own besides"
     return f"""---
 library_name: diffusers

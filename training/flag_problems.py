@@ -13,20 +13,19 @@ NOT_NEGATIVE = ("clip", "lora_rank", "lora_rank_fake", "seed", "pair_guidance", 
 AT_MOST = dict(steps=1000, pair_steps=1000, seed=2**63 - 1, batch_size=2**16, accumulate=2**16)
 
 
-def problems(args, unknown, embedded):
-    """Every flag that is wrong for any family, one sentence each."""
+def problems(args, unknown, teacher):
+    """Every flag that is wrong for any family, one sentence each. teacher: the embedded one that
+    --model names, or None."""
     wrong = []
     if unknown:
         wrong.append(f"unknown flag {' '.join(unknown)}")
     wrong += problems_of_numbers(args)
     wrong += problems_of_method(args)
     wrong += problems_of_place(args)
-    if args.model is None and embedded is None:
-        wrong.append("--model is needed: a local directory or hub id")
-    if args.model is not None and args.prompts is None and not args.dry_run:
+    if teacher is None and args.prompts is None and not args.dry_run:
         wrong.append("--prompts is needed with --model: a text file, one prompt a line")
-    if args.model is None and args.pairs == 1:
-        wrong.append("--pairs 1: the embedded teacher's table needs at least 2")
+    if teacher is not None and args.pairs == 1:
+        wrong.append("--pairs 1: an embedded teacher's table needs at least 2")
     untracked = args.report_to and problem_of(args.report_to)
     if untracked:
         wrong.append(untracked)

@@ -2,6 +2,7 @@
 """
 import argparse
 import sys
+from pathlib import Path
 
 from training.errors import Failure, usage
 from training.flag_problems import problems, problems_of_family
@@ -21,10 +22,9 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
 def add_what(p, families, embedded):
     g = p.add_argument_group("what")
     g.add_argument("--model", help="local directory or hub id of a pipeline: "
-                   + ", ".join(families) + ("" if embedded is None else
-                   " (None: the embedded teacher of captioned shapes, with settings of its own)"))
-    g.add_argument("--prompts", help="text file, one prompt a line"
-                   + ("" if embedded is None else " (the embedded teacher has its own)"))
+                   + ", ".join(families) + f". {folders_of(embedded)} are trained here and have "
+                   f"settings of their own (None: the first of these)")
+    g.add_argument("--prompts", help="text file, one prompt a line (embedded teachers: their own)")
     g.add_argument("--method", choices=["dmdx", "dmd", "adp", "reflow", "phased_dmd"],
                    default="dmdx", help="dmdx: ADP, then ADM. dmd: ADP, then the DMD that ADM "
                    "replaces (ablation B3). adp: ADP alone (A5). reflow: squared error on ADP's "
@@ -148,8 +148,8 @@ def add_memory(p):
     g.add_argument("--compile", nargs="?", const="inductor", metavar="BACKEND",
                    help="torch.compile each block")
     g.add_argument("--dry-run", nargs="?", type=int, const=1, metavar="RANKS", help="print what "
-                   "ADM would take with these flags on that many GPUs, memory and arithmetic, and "
-                   "load no weights")
+                   "each stage would take with these flags on that many GPUs (memory of device "
+                   "and host, arithmetic, seconds an iteration, disk), and load no weights")
 
 
 def add_watching(p):
@@ -177,10 +177,24 @@ def parser_of(doc, families, embedded):
     add_memory(p)
     add_watching(p)
     p.set_defaults(frames=None, context_parallel=1)
-    if embedded is not None:
-        tell_settings(p, "embedded teacher", embedded.settings)
-        tell_settings(p, "embedded teacher, Phased DMD", embedded.settings_phased)
+    for teacher in embedded:
+        tell_settings(p, teacher.name, teacher.settings)
+        tell_settings(p, f"{teacher.name}, Phased DMD", teacher.settings_phased)
     return p
+
+
+def folders_of(embedded):
+    return ", ".join(f"teachers/{teacher.folder.name}" for teacher in embedded)
+
+
+def embedded_at(model, embedded):
+    """The embedded teacher that --model names, the first without --model, or None."""
+    if model is None:
+        return embedded[0]
+    for teacher in embedded:
+        if Path(model).resolve() == teacher.folder.resolve():
+            return teacher
+    return None
 
 
 def tell_settings(p, whose, settings):
@@ -191,7 +205,10 @@ def tell_settings(p, whose, settings):
 
 
 def parse(doc, families, embedded):
-    """The command line, with the defaults of the model it names.
+    """The command line, with the defaults of the model it names -> (args, the embedded teacher it
+    distils, or None).
+
+    embedded: the teachers that ship, as teachers/embedded.py has them.
 
     First argparse's own error, one line; then everything else that is wrong with the flags at once
     (exit code 2); then a model that is nowhere (Failure, exit code 1).
@@ -202,19 +219,19 @@ def parse(doc, families, embedded):
         usage([f"{word}: neither a flag nor a value" for word in stray])
     known, _ = p.parse_known_args()
     family, missing = None, None
-    model = known.model or (embedded and embedded.folder)
-    if model:
-        try:
-            family = families[pipeline_class(model, families)]
-            p.set_defaults(**family.defaults(pipeline_config(model, family.network)))
-        except Failure as e:                    # told after the flags, all of which come first
-            missing = e
+    teacher = embedded_at(known.model, embedded)
+    try:
+        model = known.model or teacher.folder
+        family = families[pipeline_class(model, families)]
+        p.set_defaults(**family.defaults(pipeline_config(model, family.network)))
+    except Failure as e:                        # told after the flags, all of which come first
+        missing = e
     if known.method == "phased_dmd":
         p.set_defaults(**PHASED)
-    if known.model is None and embedded is not None:
-        p.set_defaults(**embedded.settings)
+    if teacher is not None:
+        p.set_defaults(**teacher.settings)
         if known.method == "phased_dmd":
-            p.set_defaults(**embedded.settings_phased)
+            p.set_defaults(**teacher.settings_phased)
     if known.method != "dmdx":                  # what a model's own settings say of ADM
         p.set_defaults(warm_heads=False, dt=None)
     if known.method not in ("dmdx", "dmd"):
@@ -226,11 +243,11 @@ def parse(doc, families, embedded):
     args, unknown = p.parse_known_args()
     if args.iterations is not None:
         args.iterations_adp = args.iterations_adm = args.iterations_phase = args.iterations
-    wrong = problems(args, unknown, embedded)
+    wrong = problems(args, unknown, teacher)
     if family is not None:
         wrong += family.problems(args) + problems_of_family(args, family)
     if wrong:
         usage(wrong)
     if missing:
         raise missing
-    return args
+    return args, teacher

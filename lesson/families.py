@@ -1,0 +1,164 @@
+"""The three teachers that ship, each distilled by ADM, DMD and Phased DMD: one table, family by
+family.
+
+    python -m lesson.families           # two runs at a time, one thread each
+
+Every row is a run of a training script with the flags that stand here and no others, seed 0. Writes
+lesson/results/families.json. Finished runs are kept: a second call goes on where the first was
+stopped.
+"""
+import argparse
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from lesson.runs import RESULTS, result_of, run_script
+from teachers import embedded
+from training.checkpoints import newest_checkpoint
+from training.errors import run_main
+from training.folders import verify
+
+
+class Family(NamedTuple):
+    teacher: embedded.Embedded
+    script: str
+    students: dict              # {row: its flags}; the first run's teacher and untrained student
+    #                             are the rows `teacher` and `teacher_few`
+
+
+FAMILIES = {
+    "sdxl": Family(embedded.SDXL, "train_sdxl.py", {
+        "adm": "",
+        "dmd": "--method dmd",
+        "phased": "--method phased_dmd",
+    }),
+    "sd3": Family(embedded.SD3, "train_sdxl.py", {
+        "adm": "--model teachers/sd3",
+        "dmd": "--model teachers/sd3 --method dmd",
+        "phased": "--model teachers/sd3 --method phased_dmd",
+    }),
+    "cogvideox": Family(embedded.COGVIDEOX, "train_cogvideox.py", {
+        "adm": "--steps 4",
+        "adm_8": "",
+        "adm_cfg": "--steps 4 --cfg-student 2",
+        "dmd": "--steps 4 --method dmd",
+        "phased": "--method phased_dmd",
+    }),
+}
+NAMES = dict(sdxl="SDXL", sd3="SD3", cogvideox="CogVideoX")
+LABELS = dict(teacher="teacher", teacher_few="teacher, few steps", adm="ADM", adm_8="ADM",
+              adm_cfg="ADM w/ CFG", dmd="DMD", phased="Phased DMD")
+
+
+def folder_of(out, family, row):
+    return out / f"{family}-{row}"
+
+
+def train(out, name, row):
+    """One student, if that is not done yet."""
+    family = FAMILIES[name]
+    folder = folder_of(out, name, row)
+    run_script(folder, family.script, family.students[row].split())
+    found = result_of(folder)
+    print(f"{time.strftime('%H:%M:%S')}  {name:10s} {row:8s} accuracy "
+          f"{found['student']['accuracy']:.3f}   {found['seconds']:.0f} s", flush=True)
+
+
+def train_all(out, names, at_a_time):
+    """Every student of these families. If one fails, those not yet begun are not."""
+    with ThreadPoolExecutor(at_a_time) as pool:
+        futures = [pool.submit(train, out, name, row)
+                   for name in names for row in FAMILIES[name].students]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def rows_of(out, name):
+    """{row: {steps, network evaluations, marks, seconds}} of a family whose runs are done."""
+    family = FAMILIES[name]
+    rows = {}
+    for row in family.students:
+        folder = folder_of(out, name, row)
+        found = result_of(folder)
+        stage = "phase2" if row == "phased" else "adm"
+        flags = verify(newest_checkpoint(folder / "checkpoints", stage))["flags"]
+        steps = flags["steps"]
+        if not rows:
+            full = flags["pair_steps"]
+            rows["teacher"] = dict(steps=full, evaluations=2 * full, **found["teacher"],
+                                   seconds=0.0)
+            rows["teacher_few"] = dict(steps=steps, evaluations=2 * steps, **found["untrained"],
+                                       seconds=0.0)
+        evaluations = steps * (1 if flags["cfg_student"] is None else 2)
+        rows[row] = dict(steps=steps, evaluations=evaluations, **found["student"],
+                         seconds=found["seconds"])
+    return rows
+
+
+def summary(results):
+    """families.json as README.md prints it: one table of markdown."""
+    lines = ["| | | steps | network evaluations | accuracy | diversity | seconds |",
+             "|---|---|---|---|---|---|---|"]
+    for name, rows in results.items():
+        title = NAMES[name]
+        for row, found in rows.items():
+            lines.append(f"| {title} | {LABELS[row]} | {found['steps']} | {found['evaluations']} "
+                         f"| {found['accuracy']:.3f} | {found['diversity']:.3f} "
+                         f"| {seconds_of(found)} |")
+            title = ""
+    return "\n".join(lines)
+
+
+def table(results):
+    """families.json as docs/results.md prints it: a table of markdown for each family, with all its
+    marks."""
+    parts = []
+    for name, rows in results.items():
+        columns = FAMILIES[name].teacher.columns
+        lines = [f"| {NAMES[name]} | steps | " + " | ".join(columns.values()) + " | seconds |",
+                 "|---" * (3 + len(columns)) + "|"]
+        for row, found in rows.items():
+            marks = " | ".join(f"{found[mark]:.3f}" for mark in columns)
+            lines.append(f"| {LABELS[row]} | {found['steps']} | {marks} | {seconds_of(found)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def seconds_of(found):
+    return f"{found['seconds']:.0f}" if found["seconds"] else ""
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES),
+                   help="to train; the others' figures stay as they are")
+    p.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    p.add_argument("--out", default="out/families", help="where the runs are kept")
+    p.add_argument("--results", default=RESULTS, help="where the figures go")
+    args = p.parse_args()
+    if args.jobs < 1:
+        p.error("--jobs must be above 0")
+    began = time.time()
+    out = Path(args.out).resolve()
+    results = Path(args.results)
+    out.mkdir(parents=True, exist_ok=True)
+    results.mkdir(parents=True, exist_ok=True)
+    train_all(out, args.families, args.jobs)
+    file = results / "families.json"
+    before = json.loads(file.read_text()) if file.exists() else {}
+    found = {name: rows_of(out, name) if name in args.families else before[name]
+             for name in FAMILIES if name in args.families or name in before}
+    file.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    print(f"\n{summary(found)}\n\n{table(found)}\n")
+    print(f"{time.time() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    run_main(main)
