@@ -1,6 +1,9 @@
 """Distil a video pipeline of diffusers to a few steps by ADM, DMD or Phased DMD: CogVideoX (2b, 5b,
 1.5) and Wan (2.1, and 2.2 with its two transformers).
 
+    python train_cogvideox.py                           # the embedded teacher, two cores, minutes
+    python train_cogvideox.py --method phased_dmd --out out/phased      # two experts of two steps
+
     # one GPU, by LoRA
     python train_cogvideox.py --model THUDM/CogVideoX-2b --prompts prompts.txt \\
         --out out/cogvideox --bf16 --grad-checkpointing --lora-rank 64 --lora-rank-fake 64 \\

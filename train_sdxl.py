@@ -3,7 +3,7 @@ or Phased DMD. For SDXL, SD3, SD3.5 and Qwen-Image; a family is a file in famili
 
     # teachers that ship, two cores, minutes
     python train_sdxl.py                                                # an SDXL, to one step
-    python train_sdxl.py --model teachers/sd3 --out out/sd3             # an SD3, to four
+    python train_sdxl.py --model teachers/sd3                           # an SD3, to four
     python train_sdxl.py --method phased_dmd --out out/phased           # two experts of two steps
 
     # one GPU, by LoRA

@@ -33,7 +33,7 @@ def build():
     from diffusers import (FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel,
                            StableDiffusion3Pipeline)
     sdxl = shipped_teacher()
-    sdxl.vae.register_to_config(shift_factor=0.0)
+    sdxl.vae.register_to_config(shift_factor=0.0, _name_or_path="teachers/sdxl/vae")
     net = SD3Transformer2DModel(
         sample_size=PX // 4, patch_size=2, in_channels=4, out_channels=4, num_layers=4,
         attention_head_dim=24, num_attention_heads=5, joint_attention_dim=64,

@@ -3,6 +3,7 @@ goes wrong is in test_reliability.py."""
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -17,7 +18,7 @@ from teachers import embedded
 from teachers.shapes import CAPTIONS
 from training.export import load_student
 from training.flags import PHASED as OF_PHASED_DMD
-from training.flags import Help, parser_of
+from training.flags import Help, parse, parser_of
 
 EMA = ["--ema", "0.9"]
 LOOK_AT = CAPTIONS[40:43]                       # none of PROMPTS
@@ -241,6 +242,27 @@ def test_help_says_what_every_flag_does_and_is_by_default(script, medium):
         if action.dest in OF_PHASED_DMD:
             numbers = re.findall(r"PhasedDMD:?(\d+(?:e-\d+)?)", said)
             assert OF_PHASED_DMD[action.dest] in [float(number) for number in numbers], said
+
+
+@pytest.mark.parametrize("model, expected", [
+    (None, embedded.SDXL), ("teachers/sd3", embedded.SD3), (embedded.SD3.folder, embedded.SD3),
+    ("./teachers/../teachers/sdxl/", embedded.SDXL)])
+def test_an_embedded_teacher_has_settings_and_prompts_of_its_own(model, expected, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = [] if model is None else ["--model", str(model)]
+    monkeypatch.setattr(sys, "argv", ["train_sdxl.py", *words, "--lr-fake", "0.5"])
+    args, teacher = parse("", of_medium("image"), embedded.of_medium("image"))
+    assert teacher is expected
+    assert args.lr_fake == 0.5 and args.pairs == expected.settings["pairs"]
+    assert args.steps == (1 if expected is embedded.SDXL else 4)
+
+
+def test_a_copy_of_an_embedded_teacher_is_any_model(tmp_path, monkeypatch, capsys):
+    shutil.copytree(embedded.SD3.folder, tmp_path / "sd3")
+    monkeypatch.setattr(sys, "argv", ["train_sdxl.py", "--model", str(tmp_path / "sd3")])
+    with pytest.raises(SystemExit):
+        parse("", of_medium("image"), embedded.of_medium("image"))
+    assert "--prompts is needed" in capsys.readouterr().err
 
 
 def test_torchrun_from_the_readme(small, tmp_path):

@@ -1,8 +1,8 @@
 """The command line of the training scripts: every flag, with the paper's value and its place there.
 """
 import argparse
+import os
 import sys
-from pathlib import Path
 
 from training.errors import Failure, usage
 from training.flag_problems import problems, problems_of_family
@@ -46,6 +46,7 @@ def add_what(p, families, embedded):
 
 
 def add_video(p):
+    p.set_defaults(out="out/cogvideox")
     g = p.add_argument_group("video")
     g.add_argument("--frames", type=int, help="of a video (None: what the model was made for)")
     g.add_argument("--context-parallel", type=int, default=1,
@@ -192,7 +193,7 @@ def embedded_at(model, embedded):
     if model is None:
         return embedded[0]
     for teacher in embedded:
-        if Path(model).resolve() == teacher.folder.resolve():
+        if os.path.abspath(model) == os.path.abspath(teacher.folder):
             return teacher
     return None
 
