@@ -190,7 +190,7 @@ def folders_of(embedded):
 
 def embedded_at(model, embedded):
     """The embedded teacher that --model names, the first without --model, or None."""
-    if model is None:
+    if not model:
         return embedded[0]
     for teacher in embedded:
         if os.path.abspath(model) == os.path.abspath(teacher.folder):
