@@ -10,11 +10,9 @@ stopped.
 import argparse
 import json
 import time
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
-from lesson.runs import RESULTS, result_of, run_script
+from lesson.runs import parse_with_folders, result_of, run_script, side_by_side
 from teachers import embedded
 from training.checkpoints import newest_checkpoint
 from training.errors import run_main
@@ -24,8 +22,8 @@ from training.folders import verify
 class Family(NamedTuple):
     teacher: embedded.Embedded
     script: str
-    students: dict              # {row: its flags}; the first run's teacher and untrained student
-    #                             are the rows `teacher` and `teacher_few`
+    # {row: its flags}; teacher and untrained student of the first are rows of their own
+    students: dict
 
 
 FAMILIES = {
@@ -67,16 +65,12 @@ def train(out, name, row):
 
 
 def train_all(out, names, at_a_time):
-    """Every student of these families. If one fails, those not yet begun are not."""
-    with ThreadPoolExecutor(at_a_time) as pool:
+    """Every student of these families."""
+    with side_by_side(at_a_time) as pool:
         futures = [pool.submit(train, out, name, row)
                    for name in names for row in FAMILIES[name].students]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        for future in futures:
+            future.result()
 
 
 def rows_of(out, name):
@@ -139,22 +133,14 @@ def main():
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES),
                    help="to train; the others' figures stay as they are")
-    p.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    p.add_argument("--out", default="out/families", help="where the runs are kept")
-    p.add_argument("--results", default=RESULTS, help="where the figures go")
-    args = p.parse_args()
-    if args.jobs < 1:
-        p.error("--jobs must be above 0")
+    args, out, results = parse_with_folders(p, "out/families")
     began = time.time()
-    out = Path(args.out).resolve()
-    results = Path(args.results)
-    out.mkdir(parents=True, exist_ok=True)
-    results.mkdir(parents=True, exist_ok=True)
     train_all(out, args.families, args.jobs)
     file = results / "families.json"
-    before = json.loads(file.read_text()) if file.exists() else {}
-    found = {name: rows_of(out, name) if name in args.families else before[name]
-             for name in FAMILIES if name in args.families or name in before}
+    found = json.loads(file.read_text()) if file.exists() else {}
+    for name in args.families:
+        found[name] = rows_of(out, name)
+    found = {name: found[name] for name in FAMILIES if name in found}       # in their order
     file.write_text(json.dumps(found, indent=1), encoding="utf-8")
     print(f"\n{summary(found)}\n\n{table(found)}\n")
     print(f"{time.time() - began:.0f} s")

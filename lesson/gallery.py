@@ -8,12 +8,11 @@ gallery.json.
 import argparse
 import json
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 from safetensors.torch import load_file
 
-from lesson.runs import RESULTS, ROOT, Job, losses, patched, result_of, trained
+from lesson.runs import ROOT, Job, losses, parse_with_folders, patched, result_of, trained
 from training.errors import run_main
 from training.pictures import pyplot
 
@@ -113,17 +112,8 @@ def save_gallery(results, folders):
 def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    p.add_argument("--out", default="out/gallery", help="where the runs are kept")
-    p.add_argument("--results", default=RESULTS, help="where figures and picture go")
-    args = p.parse_args()
-    if args.jobs < 1:
-        p.error("--jobs must be above 0")
+    args, out, results = parse_with_folders(p, "out/gallery")
     began = time.time()
-    out = Path(args.out).resolve()
-    results = Path(args.results)
-    out.mkdir(parents=True, exist_ok=True)
-    results.mkdir(parents=True, exist_ok=True)
     save_gallery(results, train_all(out, args.jobs))
     print(f"{time.time() - began:.0f} s")
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,22 +115,44 @@ def train_job(out, job):
     return folder
 
 
-def trained(out, jobs, at_a_time):
-    """Train all jobs, so many at a time -> {name: folder}. If one fails, those not yet begun are
-    not."""
+@contextmanager
+def side_by_side(at_a_time):
+    """A pool of so many runs at a time. If one fails, those not yet begun are not."""
     with ThreadPoolExecutor(at_a_time) as pool:
         try:
-            pool.submit(train, out / f"seed{SEED}" / "pairs", ["--stage", "pairs"]).result()
-            futures = {}
-            # jobs that others go on from come first
-            for job in sorted(jobs, key=lambda job: job.follows is not None):
-                if job.follows:
-                    futures[job.follows].result()
-                futures[job.name] = pool.submit(train_job, out, job)
-            return {name: future.result() for name, future in futures.items()}
+            yield pool
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def trained(out, jobs, at_a_time):
+    """Train all jobs, so many at a time -> {name: folder}."""
+    with side_by_side(at_a_time) as pool:
+        pool.submit(train, out / f"seed{SEED}" / "pairs", ["--stage", "pairs"]).result()
+        futures = {}
+        # jobs that others go on from come first
+        for job in sorted(jobs, key=lambda job: job.follows is not None):
+            if job.follows:
+                futures[job.follows].result()
+            futures[job.name] = pool.submit(train_job, out, job)
+        return {name: future.result() for name, future in futures.items()}
+
+
+def parse_with_folders(p, out):
+    """The command line of a script that makes runs -> (its flags, the folder where the runs are
+    kept, that of the results), which are there then. p: its parser, with what flags it has of its
+    own. out: the default of the first folder."""
+    p.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    p.add_argument("--out", default=out, help="where the runs are kept")
+    p.add_argument("--results", default=RESULTS, help="where figures and pictures go")
+    args = p.parse_args()
+    if args.jobs < 1:
+        p.error("--jobs must be above 0")
+    folders = Path(args.out).resolve(), Path(args.results)
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    return args, *folders
 
 
 # ------------------------------------------------------------------------------------ reading them

@@ -6,8 +6,6 @@ from typing import Callable
 
 from teachers import moving, shapes
 
-HERE = Path(__file__).parent
-
 
 @dataclass(frozen=True)
 class Embedded:
@@ -29,13 +27,13 @@ OF_MOVING = dict(accuracy="accuracy", steady="steady", diversity="diversity")
 # three orders of magnitude fewer weights and iterations than the paper's
 SDXL = Embedded(
     name="embedded SDXL",
-    folder=HERE / "sdxl",
+    folder=shapes.SHIPPED,
     prompts=shapes.CAPTIONS,
     settings=dict(
         pairs=2048, pair_steps=20, pair_guidance=3.0, iterations_adp=2000, iterations_adm=100,
         batch_size=32, decay=True, lr_generator_adp=3e-4, lr_generator=1e-5, lr_fake=1e-3,
         lr_discriminator=1e-3, guidance=[2.0, 4.0], ema=0.98, head_channels=64,
-        pixel_backbone=str(HERE / "sdxl" / "vision_encoder"), sample_every=250, save_every=250,
+        pixel_backbone=str(shapes.SHIPPED / "vision_encoder"), sample_every=250, save_every=250,
         # few samples: heads that know something already, and a step that shows them more; chosen on
         # seeds 10 and 11 of an earlier teacher (docs/notebook.md)
         warm_heads=True, dt=[64]),
@@ -43,30 +41,29 @@ SDXL = Embedded(
     marks=shapes.marks,
     columns=OF_SHAPES)
 
-# of both: all weights and five fake updates a step did more in the same time than a LoRA and one;
-# chosen on seed 10 (docs/notebook.md)
+# all weights and five fake updates a step did more in the same time than a LoRA and one; chosen on
+# seed 10 (docs/notebook.md)
+FEW_STEPS = dict(
+    pair_guidance=3.0, decay=True, lr_generator=1e-4, lr_fake=1e-3, lr_discriminator=1e-4, ttur=5,
+    dt=[64], guidance=[2.0, 4.0], ema=0.98, head_channels=64, sample_every=250, save_every=250)
+
 SD3 = Embedded(
     name="embedded SD3",
-    folder=HERE / "sd3",
+    folder=Path(__file__).parent / "sd3",
     prompts=shapes.CAPTIONS,
-    settings=dict(
-        out="out/sd3", no_t5=True, text_tokens=1, pairs=2048, pair_steps=20, pair_guidance=3.0,
-        batch_size=32, iterations_adm=400, decay=True, lora_rank=0, lr_generator=1e-4,
-        lr_fake=1e-3, lr_discriminator=1e-4, ttur=5, dt=[64], guidance=[2.0, 4.0], ema=0.98,
-        head_channels=64, sample_every=250, save_every=250),
+    settings=FEW_STEPS | dict(
+        out="out/sd3", no_t5=True, text_tokens=1, pairs=2048, pair_steps=20, batch_size=32,
+        iterations_adm=400, lora_rank=0),
     settings_phased=dict(iterations_phase=150, accumulate=1),
     marks=shapes.marks,
     columns=OF_SHAPES)
 
 COGVIDEOX = Embedded(
     name="embedded CogVideoX",
-    folder=HERE / "cogvideox",
+    folder=moving.SHIPPED,
     prompts=moving.CAPTIONS,
-    settings=dict(
-        text_tokens=8, pairs=576, pair_steps=25, pair_guidance=3.0, batch_size=16,
-        iterations_adm=300, decay=True, lr_generator=1e-4, lr_fake=1e-3, lr_discriminator=1e-4,
-        ttur=5, dt=[64], guidance=[2.0, 4.0], ema=0.98, head_channels=64, sample_every=250,
-        save_every=250),
+    settings=FEW_STEPS | dict(
+        text_tokens=moving.TOKENS, pairs=576, pair_steps=25, batch_size=16, iterations_adm=300),
     settings_phased=dict(iterations_phase=150, lora_rank=0, accumulate=1),
     marks=moving.marks,
     columns=OF_MOVING)

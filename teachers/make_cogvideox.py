@@ -1,7 +1,7 @@
 """Train the small CogVideoX that ships, from nothing: a complete pipeline (3-D VAE, T5, a
 transformer that predicts v at zero terminal SNR) that draws captioned moving shapes.
 
-    python -m teachers.make_cogvideox --out teachers/cogvideox      # an hour on one core
+    python -m teachers.make_cogvideox --out teachers/cogvideox      # 80 minutes on one core
 
 `python -m teachers.moving` marks what comes out.
 """
@@ -13,10 +13,9 @@ import torch
 
 from adm import score_loss
 from teachers.make_sdxl import decode_all, encode_all, pretrain, train_vae
-from teachers.moving import (CAPTIONS, FRAMES, PX, captions_in_turn, drawn_by, marks, videos)
+from teachers.moving import (CAPTIONS, FRAMES, PX, TOKENS, captions_in_turn, drawn_by, marks,
+                             videos)
 from training.schedules import from_diffusers
-
-TOKENS = 8                                      # of a caption: seven words and the end
 
 
 def tokenizer():

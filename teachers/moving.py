@@ -50,6 +50,7 @@ def every_caption():
 
 
 CAPTIONS = every_caption()                      # 144 of them
+TOKENS = 8                                      # of a caption: seven words and the end
 
 
 def draw(caption, top, left):
@@ -134,7 +135,7 @@ def read(videos):
 
 def marks(videos, captions, reference=None):
     """The whole report on videos [B,3,9,24,24] drawn for these captions -> dict of what stands
-    above, each in [0,1]."""
+    above, each in [0,1]. reference: not needed; marks of images want one."""
     said, steady, cells = read(videos)
     return dict(accuracy=agreement(said, captions),
                 steady=steady.float().mean().item(),
@@ -150,7 +151,7 @@ def drawn_by(pipe, captions, seed=0, batch=64, **call):
     """Draw these captions, as the teacher samples or as `call` says -> videos [n,3,9,24,24] in
     [-1,1]."""
     pipe.set_progress_bar_config(disable=True)
-    call = dict(num_inference_steps=25, guidance_scale=3.0, max_sequence_length=8) | call
+    call = dict(num_inference_steps=25, guidance_scale=3.0, max_sequence_length=TOKENS) | call
     generator = torch.Generator().manual_seed(seed)
     drawn = []
     for first in range(0, len(captions), batch):

@@ -1,9 +1,15 @@
 """The reader that marks videos must itself be right, and the teachers that ship beside the SDXL
 must be what stock diffusers loads and as good as the pages say."""
+import sys
+
 import pytest
 import torch
 
+from cli import ROOT
+from families.family import of_medium
+from lesson import families
 from teachers import embedded, make_cogvideox, moving, shapes
+from training.flags import parse
 
 
 def some_videos(n=720):
@@ -62,7 +68,7 @@ def test_a_shape_that_jumps_is_right_but_not_steady():
 def test_each_word_of_a_caption_is_one_token_and_other_words_still_encode():
     tokenizer = make_cogvideox.tokenizer()
     for caption in moving.CAPTIONS:
-        assert len(tokenizer(caption).input_ids) == make_cogvideox.TOKENS
+        assert len(tokenizer(caption).input_ids) == moving.TOKENS
     assert len(tokenizer("zebra").input_ids) > 2
 
 
@@ -97,3 +103,14 @@ def test_what_ships_says_how_it_is_made_again(teacher):
     script = teacher.folder.parent / f"make_{teacher.folder.name}.py"
     assert f"python -m teachers.{script.stem} --out teachers/{teacher.folder.name}" in (
         script.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name, row", [
+    (name, row) for name, family in families.FAMILIES.items() for row in family.students])
+def test_the_flags_of_every_student_are_right(name, row, monkeypatch):
+    family = families.FAMILIES[name]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [family.script, *family.students[row].split()])
+    medium = "image" if family.script == "train_sdxl.py" else "video"
+    _, teacher = parse("", of_medium(medium), embedded.of_medium(medium))
+    assert teacher is family.teacher
