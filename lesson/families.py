@@ -22,7 +22,7 @@ from training.folders import verify
 class Family(NamedTuple):
     teacher: embedded.Embedded
     script: str
-    # {row: its flags}; teacher and untrained student of the first are rows of their own
+    # {row: its flags}; the teacher's rows are those that the first of them prints
     students: dict
 
 
@@ -46,8 +46,8 @@ FAMILIES = {
     }),
 }
 NAMES = dict(sdxl="SDXL", sd3="SD3", cogvideox="CogVideoX")
-LABELS = dict(teacher="teacher", teacher_few="teacher, few steps", adm="ADM", adm_8="ADM",
-              adm_cfg="ADM w/ CFG", dmd="DMD", phased="Phased DMD")
+LABELS = dict(teacher="teacher", teacher_few="teacher", unguided="teacher, unguided", adm="ADM",
+              adm_8="ADM", adm_cfg="ADM w/ CFG", dmd="DMD", phased="Phased DMD")
 
 
 def folder_of(out, family, row):
@@ -89,6 +89,8 @@ def rows_of(out, name):
                                    seconds=0.0)
             rows["teacher_few"] = dict(steps=steps, evaluations=2 * steps, **found["untrained"],
                                        seconds=0.0)
+            rows["unguided"] = dict(steps=steps, evaluations=steps, **found["unguided"],
+                                    seconds=0.0)
         evaluations = steps * (1 if flags["cfg_student"] is None else 2)
         rows[row] = dict(steps=steps, evaluations=evaluations, **found["student"],
                          seconds=found["seconds"])

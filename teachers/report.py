@@ -21,12 +21,16 @@ def report_of_student(shipped, run, experts, schedule):
     def draw(sampler):
         return teacher.images(teacher.draw(sampler, x_T, prompt[:half], 128))
 
-    untrained = teacher.sampler(teacher.schedule.stops(args.steps), args.pair_guidance)
-    labels = dict(teacher=f"teacher, {args.pair_steps} steps with guidance",
-                  untrained=f"teacher, {args.steps} step",
-                  student=f"student, {args.steps} step")
+    stops = teacher.schedule.stops(args.steps)
+    steps = f"{args.steps} step" + ("s" if args.steps > 1 else "")
+    # without guidance is what a student of several steps starts from
+    labels = dict(teacher=f"teacher, {args.pair_steps} steps, guided",
+                  untrained=f"teacher, {steps}, guided",
+                  unguided=f"teacher, {steps}, unguided",
+                  student=f"student, {steps}")
     samples = dict(teacher=teacher.images(x_0[:half]),
-                   untrained=draw(untrained),
+                   untrained=draw(teacher.sampler(stops, args.pair_guidance)),
+                   unguided=draw(teacher.sampler(stops, None)),
                    student=draw(student_sampler(args, experts, schedule)))
     table = {row: shipped.marks(samples[row], captions, reference) for row in labels}
     left = noise_left(teacher, experts, schedule, x_T, prompt[:half])

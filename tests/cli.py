@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import re
 import runpy
+import shutil
 import signal
 import sys
 import tempfile
@@ -132,6 +133,7 @@ class Run:
         files = [self.files(rank) for rank in range(len(self.processes))]
         self.stdout = "".join(Path(out).read_text() for out, _ in files)
         self.stderr = "".join(Path(err).read_text() for _, err in files)
+        shutil.rmtree(self.folder)
         return self
 
 

@@ -104,12 +104,12 @@ def test_dry_run_needs_no_weights(tmp_path):
     pipe.save_pretrained(tmp_path / "model")
     for file in (tmp_path / "model").rglob("*.safetensors"):
         file.unlink()
-    flags = "--dry-run 2 --fsdp --lora-rank 0 --text-tokens 16".split()
+    flags = "--dry-run 2 --dry-run-card a100 --fsdp --lora-rank 0 --text-tokens 16".split()
     done = succeeded(Run(ROOT / "train_sdxl.py", "--model", tmp_path / "model", *flags,
                          folder=tmp_path).wait())
     size = sum(p.numel() for p in pipe.transformer.parameters())
     assert re.search(rf"real score and backbone +{size / 1e6:.1f} M", done.stdout), done.stdout
-    assert "TFLOP" in done.stdout and not (tmp_path / "out").exists()
+    assert "a100 at 187 TFLOP/s" in done.stdout and not (tmp_path / "out").exists()
     shutil.rmtree(tmp_path / "model")
 
 

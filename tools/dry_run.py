@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 
 from discriminators import Discriminator
+from tools.cards import CARDS, LAUNCH
 from tools.passes import blank_prompt, work_and_activations
 from training.heads import heads_for
 from training.model_checks import latent_of
@@ -219,9 +220,11 @@ def iterations_of(args, stage):
 
 def print_stages(args, stages):
     """The table of every stage, simulated."""
-    print("\nsimulated: an H100 at 590 TFLOP/s and 2.7 TB/s, 50 GB/s to the host and back, 6 us of "
-          "the host a kernel,\nnothing for what ranks send each other or for steps made on the "
-          "host; add 1 to 2 GiB for CUDA itself")
+    card = CARDS[args.dry_run_card]
+    print(f"\nsimulated: {args.dry_run_card} at {card.flop / 1e12:.0f} TFLOP/s and "
+          f"{card.bytes / 1e12:.1f} TB/s, {card.copied / 1e9:.0f} GB/s to the host and back, "
+          f"{LAUNCH * 1e6:.0f} us of the host a\nkernel, nothing for what ranks send each other or "
+          f"for steps made on the host; add 1 to 2 GiB for CUDA itself")
     print(f"{'stage':12s}{'peak GiB':>10s}{'host GiB':>10s}{'copied':>10s}{'TFLOP':>10s}"
           f"{'s/iteration':>13s}"
           f"{'host s':>9s}{'waits':>7s}{'iterations':>12s}{'hours':>9s}")

@@ -32,16 +32,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from tools.cards import CARDS, LAUNCH
+
 aten = torch.ops.aten
 DEVICE = torch.device("cuda", 0)
 ROOT = Path(__file__).resolve().parent.parent
-
-# what is assumed of the card: an H100, at 60 % of its dense bf16 peak and 80 % of its bandwidth,
-# pinned memory copied over PCIe 5
-FLOP_PER_SECOND = 0.6 * 989e12
-BYTES_PER_SECOND = 0.8 * 3.35e12
-COPIED_PER_SECOND = 50e9
-LAUNCH = 6e-6                   # seconds of the host for an operation
 
 
 # ------------------------------------------------------------------------------- the device itself
@@ -174,8 +169,9 @@ def with_values(function, *args):
 
 
 @contextmanager
-def pretended():
-    """Inside, tensors are fake and torch says that there is a GPU. Yields the Watch."""
+def pretended(card="h100"):
+    """Inside, tensors are fake and torch says that there is a GPU. Yields the Watch.
+    card: one of CARDS."""
     def pin_memory(tensor, *args):
         if not isinstance(tensor, FakeTensor):
             return tensor
@@ -204,7 +200,7 @@ def pretended():
         mock.patch.object(F, "scaled_dot_product_attention", attention),
         mock.patch.object(FakeTensor, "tolist", to_list),
         mock.patch.object(torch.Tensor, "pin_memory", pin_memory)]
-    watch = Watch()
+    watch = Watch(CARDS[card])
     for patch in patches:
         patch.start()
     Watch.active.append(watch)
@@ -266,8 +262,9 @@ class Watch(TorchDispatchMode):
     """
     active = []
 
-    def __init__(self):
+    def __init__(self, card):
         super().__init__()
+        self.card = card
         self.sizes = {}         # storage -> Held
         self.live = 0
         self.host = 0
@@ -335,7 +332,7 @@ class Watch(TorchDispatchMode):
             return
         size = source.numel() * source.element_size()
         self.copied += size
-        self.seconds += size / COPIED_PER_SECOND
+        self.seconds += size / self.card.copied
         is_pinned = getattr(source, "is_pretended_pinned", False)
         if not asked or (source.device.type == "cpu" and not is_pinned):
             self.waits[f"{source.device.type} to {target.device.type} {where()}"] += 1
@@ -357,7 +354,7 @@ class Watch(TorchDispatchMode):
         size = sum(t.numel() * t.element_size() for t in on_device)
         self.operations += 1
         self.flop += flop
-        self.seconds += max(flop / FLOP_PER_SECOND, size / BYTES_PER_SECOND)
+        self.seconds += max(flop / self.card.flop, size / self.card.bytes)
 
     def hold(self, tensor):
         """Count a tensor's storage until the last tensor on it is gone."""

@@ -171,7 +171,8 @@ def simulate(args, pipe, family, ranks=1, encoder=vision_encoder):
     args.dt = args.dt and args.dt[0]
     latent = family.latent(pipe, getattr(pipe, family.network), args)
     schedule = family.schedule(pipe, latent)
-    with pretended() as watch, ExitStack() as patches, tempfile.TemporaryDirectory() as folder:
+    with (pretended(args.dry_run_card) as watch, ExitStack() as patches,
+          tempfile.TemporaryDirectory() as folder):
         found = Simulation(given, watch)
         for name, other in dict(load_pairs=pairs_of, load_vision_encoder=encoder,
                                 follow=found.follow).items():

@@ -151,6 +151,8 @@ def add_memory(p):
     g.add_argument("--dry-run", nargs="?", type=int, const=1, metavar="RANKS", help="print what "
                    "each stage would take with these flags on that many GPUs (memory of device "
                    "and host, arithmetic, seconds an iteration, disk), and load no weights")
+    g.add_argument("--dry-run-card", choices=("h100", "a100"), default="h100",
+                   help="whose seconds it prints")
 
 
 def add_watching(p):

@@ -1,0 +1,14 @@
+"""What a simulation assumes of a card, and what --dry-run can be asked for."""
+from typing import NamedTuple
+
+
+class Card(NamedTuple):
+    """Each per second."""
+    flop: float             # 60 % of its dense bf16 peak
+    bytes: float            # 80 % of its memory's bandwidth
+    copied: float           # bytes of pinned memory, to the host or back
+
+
+CARDS = dict(h100=Card(0.6 * 989e12, 0.8 * 3.35e12, 50e9),          # PCIe 5
+             a100=Card(0.6 * 312e12, 0.8 * 2.04e12, 25e9))          # of 80 GB; PCIe 4
+LAUNCH = 6e-6               # seconds of the host for an operation
