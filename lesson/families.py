@@ -26,6 +26,7 @@ class Family(NamedTuple):
     students: dict
 
 
+DMD_OF_VIDEOS = "--method dmd --ttur 5 --iterations-adm 200 --warm-up 0 --lr-generator 5e-5"
 FAMILIES = {
     "sdxl": Family(embedded.SDXL, "train_sdxl.py", {
         "adm": "",
@@ -34,20 +35,22 @@ FAMILIES = {
     }),
     "sd3": Family(embedded.SD3, "train_sdxl.py", {
         "adm": "--model teachers/sd3",
-        "dmd": "--model teachers/sd3 --method dmd",
+        "dmd": "--model teachers/sd3 --method dmd --ttur 5 --iterations-adm 400",
         "phased": "--model teachers/sd3 --method phased_dmd",
     }),
     "cogvideox": Family(embedded.COGVIDEOX, "train_cogvideox.py", {
         "adm": "--steps 4",
-        "adm_8": "",
         "adm_cfg": "--steps 4 --cfg-student 2",
-        "dmd": "--steps 4 --method dmd",
+        "dmd": f"--steps 4 {DMD_OF_VIDEOS}",
         "phased": "--method phased_dmd",
+        "adm_8": "",
+        "adm_2": "--steps 2",
+        "dmd_2": f"--steps 2 {DMD_OF_VIDEOS}",
     }),
 }
 NAMES = dict(sdxl="SDXL", sd3="SD3", cogvideox="CogVideoX")
-LABELS = dict(teacher="teacher", teacher_few="teacher", unguided="teacher, unguided", adm="ADM",
-              adm_8="ADM", adm_cfg="ADM w/ CFG", dmd="DMD", phased="Phased DMD")
+LABELS = dict(adm="ADM", adm_2="ADM", adm_8="ADM", adm_cfg="ADM w/ CFG", dmd="DMD", dmd_2="DMD",
+              phased="Phased DMD")
 
 
 def folder_of(out, family, row):
@@ -74,37 +77,42 @@ def train_all(out, names, at_a_time):
 
 
 def rows_of(out, name):
-    """{row: {steps, network evaluations, marks, seconds}} of a family whose runs are done."""
-    family = FAMILIES[name]
+    """{row: {label, steps, network evaluations, marks, seconds}} of a family whose runs are done.
+    For every number of steps that its students have, first the teacher's rows: guided, and as the
+    students of several steps start, unguided."""
     rows = {}
-    for row in family.students:
+    told = set()                                            # numbers of steps
+    for row in FAMILIES[name].students:
         folder = folder_of(out, name, row)
         found = result_of(folder)
         stage = "phase2" if row == "phased" else "adm"
         flags = verify(newest_checkpoint(folder / "checkpoints", stage))["flags"]
-        steps = flags["steps"]
+        steps, full = flags["steps"], flags["pair_steps"]
+
+        def entry(label, steps, evaluations, key, seconds=0.0):     # of training
+            return dict(label=label, steps=steps, evaluations=evaluations, **found[key],
+                        seconds=seconds)
+
         if not rows:
-            full = flags["pair_steps"]
-            rows["teacher"] = dict(steps=full, evaluations=2 * full, **found["teacher"],
-                                   seconds=0.0)
-            rows["teacher_few"] = dict(steps=steps, evaluations=2 * steps, **found["untrained"],
-                                       seconds=0.0)
-            rows["unguided"] = dict(steps=steps, evaluations=steps, **found["unguided"],
-                                    seconds=0.0)
-        evaluations = steps * (1 if flags["cfg_student"] is None else 2)
-        rows[row] = dict(steps=steps, evaluations=evaluations, **found["student"],
-                         seconds=found["seconds"])
+            rows["teacher"] = entry("teacher", full, 2 * full, "teacher")
+        if steps not in told:
+            suffix = f"_{steps}" if told else ""
+            rows["teacher_few" + suffix] = entry("teacher", steps, 2 * steps, "untrained")
+            if steps > 1:
+                rows["unguided" + suffix] = entry("teacher, unguided", steps, steps, "unguided")
+            told.add(steps)
+        evaluations = steps if flags["cfg_student"] is None else 2 * steps
+        rows[row] = entry(LABELS[row], steps, evaluations, "student", found["seconds"])
     return rows
 
 
 def summary(results):
     """families.json as README.md prints it: one table of markdown."""
-    lines = ["| | | steps | network evaluations | accuracy | diversity | seconds |",
-             "|---|---|---|---|---|---|---|"]
+    lines = ["| | | steps | accuracy | diversity | seconds |", "|---|---|---|---|---|---|"]
     for name, rows in results.items():
         title = NAMES[name]
-        for row, found in rows.items():
-            lines.append(f"| {title} | {LABELS[row]} | {found['steps']} | {found['evaluations']} "
+        for found in rows.values():
+            lines.append(f"| {title} | {found['label']} | {found['steps']} "
                          f"| {found['accuracy']:.3f} | {found['diversity']:.3f} "
                          f"| {seconds_of(found)} |")
             title = ""
@@ -117,16 +125,19 @@ def table(results):
     parts = []
     for name, rows in results.items():
         columns = FAMILIES[name].teacher.columns
-        lines = [f"| {NAMES[name]} | steps | " + " | ".join(columns.values()) + " | seconds |",
-                 "|---" * (3 + len(columns)) + "|"]
-        for row, found in rows.items():
+        lines = [f"| {NAMES[name]} | steps | network evaluations | "
+                 + " | ".join(columns.values()) + " | seconds |",
+                 "|---" * (4 + len(columns)) + "|"]
+        for found in rows.values():
             marks = " | ".join(f"{found[mark]:.3f}" for mark in columns)
-            lines.append(f"| {LABELS[row]} | {found['steps']} | {marks} | {seconds_of(found)} |")
+            lines.append(f"| {found['label']} | {found['steps']} | {found['evaluations']} "
+                         f"| {marks} | {seconds_of(found)} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
 
 def seconds_of(found):
+    """Empty for the teacher, which is not trained here."""
     return f"{found['seconds']:.0f}" if found["seconds"] else ""
 
 
