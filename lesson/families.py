@@ -22,8 +22,7 @@ from training.folders import verify
 class Family(NamedTuple):
     teacher: embedded.Embedded
     script: str
-    # {row: its flags}; the teacher's rows are those that the first of them prints
-    students: dict
+    students: dict                  # {row: its flags}
 
 
 DMD_OF_VIDEOS = "--method dmd --ttur 5 --iterations-adm 200 --warm-up 0 --lr-generator 5e-5"

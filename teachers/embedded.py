@@ -41,7 +41,7 @@ SDXL = Embedded(
     marks=shapes.marks,
     columns=OF_SHAPES)
 
-# of the two below; chosen on seed 10 (docs/notebook.md)
+# what SD3 and CogVideoX share; all of it was chosen on seed 10 (docs/notebook.md)
 FEW_STEPS = dict(
     pair_guidance=3.0, decay=True, lr_discriminator=3e-4, ttur=2, ema=0.98, head_channels=64,
     sample_every=250, save_every=250)

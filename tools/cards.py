@@ -1,4 +1,4 @@
-"""What a simulation assumes of a card, and what --dry-run can be asked for."""
+"""What a simulation assumes of a card: those that --dry-run-card knows."""
 from typing import NamedTuple
 
 
