@@ -231,7 +231,7 @@ def adm(generator, scores, discriminator, optimizers, student_schedule, stops, g
 
 def adp_times(draws, T):
     """The generator's times [1 - u^3] T, u ~ U(0, 1): mostly near pure noise, where a one-step
-    student works. On the ring of lesson/ring.py uniform times double the error."""
+    student works. On the ring of lesson/ring.py uniform ones cost a third to a half more error."""
     return ((1 - draws.uniform() ** 3) * T).ceil().long().clamp(min=1)          # [B]
 
 

@@ -7,7 +7,7 @@ import pytest
 from safetensors import safe_open
 
 import pipelines
-from cli import Run, stock_difference, succeeded
+from cli import ROOT, Run, stock_difference, succeeded
 from lesson.runs import HACKS, patched
 from sdxl import QUICK, command
 from teachers.shapes import CAPTIONS
@@ -76,6 +76,21 @@ def test_other_taps(hacked, small, tmp_path):
     file = tmp_path / "out" / "checkpoints" / "adm-00000004" / "heads.safetensors"
     names = safe_open(file, "pt").keys()
     assert len({name.split(".")[1] for name in names}) == 5
+
+
+LATE = """
+from adm import adp_times
+from training.draws import Draws
+print((adp_times(Draws((0,), 1, [0], (), block=10000), 1000) <= 500).float().mean().item())
+"""
+
+
+def test_uniform_times(tmp_path):
+    """Half of the times are in the lower half, of the paper's one in five: u^3 > 1/2."""
+    code = changed_copy(tmp_path, "uniform_times.diff")
+    for folder, share in ((ROOT, 1 - 0.5 ** (1 / 3)), (code, 0.5)):
+        done = succeeded(Run("-c", LATE, folder=folder).wait())
+        assert abs(float(done.stdout) - share) < 0.02, (folder, done.stdout)
 
 
 def test_two_steps(hacked, tmp_path):
