@@ -5,7 +5,7 @@ from phased_dmd import generate
 from training.batches import fixed_noise
 from training.pairs import load_pairs
 from training.ranks import world
-from training.show import student_sampler
+from training.show import in_words, student_sampler
 
 
 def report_of_student(shipped, run, experts, schedule):
@@ -22,7 +22,7 @@ def report_of_student(shipped, run, experts, schedule):
         return teacher.images(teacher.draw(sampler, x_T, prompt[:half], 128))
 
     stops = teacher.schedule.stops(args.steps)
-    steps = f"{args.steps} step" + ("s" if args.steps > 1 else "")
+    steps = in_words(args.steps)
     # without guidance is what a student of several steps starts from
     labels = dict(teacher=f"teacher, {args.pair_steps} steps, guided",
                   untrained=f"teacher, {steps}, guided",

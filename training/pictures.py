@@ -62,7 +62,8 @@ def contact_sheet(path, samples, captions, videos=2, frames=8):
     for label, batch in samples.items():
         for k, video in enumerate(batch[:videos]):                              # [3,F,H,W]
             pick = torch.linspace(0, video.shape[1] - 1, frames).round().long()
-            row = f"{label}\n{textwrap.shorten(captions[k], 30)}"
+            caption = textwrap.wrap(textwrap.shorten(captions[k], 40), 18)
+            row = "\n".join([label, *caption])
             stills[row] = video[:, pick].transpose(0, 1)                        # [frames,3,H,W]
             save_gif(path, f"{label.replace(',', '').replace(' ', '-')}-{k}", video)
     grid(path, stills, [f"frame {i + 1} of {frames}" for i in range(frames)])

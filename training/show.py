@@ -8,6 +8,10 @@ from training.pictures import contact_sheet, grid
 from training.ranks import world
 
 
+def in_words(steps):
+    return "1 step" if steps == 1 else f"{steps} steps"
+
+
 def student_sampler(args, experts, schedule):
     """The student's own sampler(x_T, cond, uncond) -> x_0."""
     def run(x, cond, uncond):
@@ -44,7 +48,7 @@ def pictures(args, out, teacher):
         full = teacher.sampler(schedule.stops(args.pair_steps), w, order=2)
         few = teacher.sampler(schedule.stops(args.steps), w)
         rows[f"teacher, {args.pair_steps} steps"] = draw(full)
-        rows[f"teacher, {args.steps} step"] = draw(few)
+        rows[f"teacher, {in_words(args.steps)}"] = draw(few)
 
     def show(file, experts, schedule):
         is_needed = args.context_parallel > 1 or teacher.fsdp   # ranks that draw together
@@ -53,7 +57,7 @@ def pictures(args, out, teacher):
         if not rows:
             teacher_rows()
         images = draw(student_sampler(args, experts, schedule))
-        rows[f"student, {args.steps} step"] = images
+        rows[f"student, {in_words(args.steps)}"] = images
         if world()[0] == 0:
             save = grid if teacher.family.medium == "image" else contact_sheet
             save(out.path / file, rows, [teacher.prompt(i) for i in index.tolist()])
