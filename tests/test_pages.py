@@ -10,6 +10,7 @@ import pytest
 
 from cli import ROOT
 from families.family import of_medium
+from lesson import families
 from teachers import embedded
 from training.flags import parser_of
 
@@ -107,7 +108,7 @@ def test_the_readme_is_a_page_that_gets_read():
 
 
 @pytest.mark.parametrize("script, file", [
-    ("tables", "glyphs"), ("dt", "dt"), ("scores", "scores")])
+    ("tables", "glyphs"), ("dt", "dt"), ("scores", "scores"), ("families", "families")])
 def test_the_tables_printed_are_those_that_ship(script, file):
     """Every line of the table that the script makes of the figures in lesson/results/."""
     figures = json.loads((ROOT / "lesson" / "results" / f"{file}.json").read_text())
@@ -115,6 +116,14 @@ def test_the_tables_printed_are_those_that_ship(script, file):
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     assert len(lines) >= 6
     for line in lines:
+        assert line in text, line
+
+
+def test_the_readme_has_the_families_that_ship():
+    figures = json.loads((ROOT / "lesson" / "results" / "families.json").read_text())
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert list(figures) == ["sdxl", "sd3", "cogvideox"]
+    for line in families.summary(figures).splitlines():
         assert line in text, line
 
 
