@@ -18,7 +18,8 @@ from training.pictures import pyplot
 
 FOUR_STEPS = "--steps 4 --ttur 5 --lr-generator 1e-4"                   # as Phased DMD's
 SGTS = f"--method dmd --iterations-adm 80 {FOUR_STEPS}"
-WITHOUT_ADP = "--stage adm --iterations-adm 300 --lr-generator 3e-4"    # ADP's rate, half its time
+# ADP's rate, half its time, and no heads of its D_1 to start from
+WITHOUT_ADP = "--stage adm --iterations-adm 300 --lr-generator 3e-4 --no-warm-heads"
 
 
 class Twin(NamedTuple):

@@ -50,7 +50,8 @@ def call(monkeypatch, tmp_path, failures):
 
 
 def test_runs_go_on_from_one_another_and_are_kept(forked, monkeypatch, tmp_path):
-    two = dict(ONE_FAILURE, again=gallery.Mistake("DMDX", "--method adp"))
+    without_adp = gallery.WITHOUT_ADP.replace("300", "2")
+    two = dict(ONE_FAILURE, again=gallery.Mistake("DMDX", without_adp))
     facts = call(monkeypatch, tmp_path, two)
     assert facts.keys() == {"healthy (ADP)", "healthy (DMDX)", *two} and len(forked) == 5
     for marks in facts.values():
