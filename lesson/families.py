@@ -75,6 +75,11 @@ def train_all(out, names, at_a_time):
             future.result()
 
 
+def entry(label, steps, evaluations, marks, seconds=0.0):
+    """One row. seconds: of training, none for a teacher's."""
+    return dict(label=label, steps=steps, evaluations=evaluations, **marks, seconds=seconds)
+
+
 def rows_of(out, name):
     """{row: {label, steps, network evaluations, marks, seconds}} of a family whose runs are done.
     For every number of steps that its students have, first the teacher's rows: guided, and as the
@@ -87,21 +92,17 @@ def rows_of(out, name):
         stage = "phase2" if row == "phased" else "adm"
         flags = verify(newest_checkpoint(folder / "checkpoints", stage))["flags"]
         steps, full = flags["steps"], flags["pair_steps"]
-
-        def entry(label, steps, evaluations, key, seconds=0.0):     # of training
-            return dict(label=label, steps=steps, evaluations=evaluations, **found[key],
-                        seconds=seconds)
-
         if not rows:
-            rows["teacher"] = entry("teacher", full, 2 * full, "teacher")
+            rows["teacher"] = entry("teacher", full, 2 * full, found["teacher"])
         if steps not in told:
             suffix = f"_{steps}" if told else ""
-            rows["teacher_few" + suffix] = entry("teacher", steps, 2 * steps, "untrained")
+            rows["teacher_few" + suffix] = entry("teacher", steps, 2 * steps, found["untrained"])
             if steps > 1:
-                rows["unguided" + suffix] = entry("teacher, unguided", steps, steps, "unguided")
+                rows["unguided" + suffix] = entry("teacher, unguided", steps, steps,
+                                                  found["unguided"])
             told.add(steps)
         evaluations = steps if flags["cfg_student"] is None else 2 * steps
-        rows[row] = entry(LABELS[row], steps, evaluations, "student", found["seconds"])
+        rows[row] = entry(LABELS[row], steps, evaluations, found["student"], found["seconds"])
     return rows
 
 

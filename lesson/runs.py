@@ -1,7 +1,9 @@
-"""Short runs of train_sdxl.py on the embedded teacher, for lesson/gallery.py.
+"""Runs of the training scripts on the embedded teachers, for lesson/gallery.py and
+lesson/families.py. The gallery's are short: train_sdxl.py with SETTING, its own flags and no
+others.
 
-A run is train_sdxl.py with SETTING, its own flags and no others, on one thread. Several run at a
-time. Finished runs are kept: a second call goes on where the first was stopped.
+Each is on one thread, several at a time. Finished runs are kept: a second call goes on where the
+first was stopped.
 """
 import json
 import os

@@ -24,16 +24,18 @@ OF_SHAPES = dict(accuracy="accuracy", legible="legible glyphs", glyph_tv="TV of 
 # and in teachers/moving.py
 OF_MOVING = dict(accuracy="accuracy", steady="steady", diversity="diversity")
 
+EVERY = dict(
+    pair_guidance=3.0, decay=True, ema=0.98, head_channels=64, sample_every=250, save_every=250)
+
 # three orders of magnitude fewer weights and iterations than the paper's
 SDXL = Embedded(
     name="embedded SDXL",
     folder=shapes.SHIPPED,
     prompts=shapes.CAPTIONS,
-    settings=dict(
-        pairs=2048, pair_steps=20, pair_guidance=3.0, iterations_adp=2000, iterations_adm=100,
-        batch_size=32, decay=True, lr_generator_adp=3e-4, lr_generator=1e-5, lr_fake=1e-3,
-        lr_discriminator=1e-3, guidance=[2.0, 4.0], ema=0.98, head_channels=64,
-        pixel_backbone=str(shapes.SHIPPED / "vision_encoder"), sample_every=250, save_every=250,
+    settings=EVERY | dict(
+        pairs=2048, pair_steps=20, iterations_adp=2000, iterations_adm=100, batch_size=32,
+        lr_generator_adp=3e-4, lr_generator=1e-5, lr_fake=1e-3, lr_discriminator=1e-3,
+        guidance=[2.0, 4.0], pixel_backbone=str(shapes.SHIPPED / "vision_encoder"),
         # few samples: heads that know something already, and a step that shows them more; chosen on
         # seeds 10 and 11 of an earlier teacher (docs/notebook.md)
         warm_heads=True, dt=[64]),
@@ -42,9 +44,7 @@ SDXL = Embedded(
     columns=OF_SHAPES)
 
 # what SD3 and CogVideoX share; all of it was chosen on seed 10 (docs/notebook.md)
-FEW_STEPS = dict(
-    pair_guidance=3.0, decay=True, lr_discriminator=3e-4, ttur=2, ema=0.98, head_channels=64,
-    sample_every=250, save_every=250)
+FEW_STEPS = EVERY | dict(lr_discriminator=3e-4, ttur=2)
 
 SD3 = Embedded(
     name="embedded SD3",

@@ -251,7 +251,7 @@ class Held:
 
 
 class Watch(TorchDispatchMode):
-    """Counts what the device would do, from `reset` on.
+    """Counts what a device of these rates (tools/cards.py) would do, from `reset` on.
 
     waits: {operation and place in the code: times} that the host waits for the device.
     mixed: the same, of operations on tensors of two devices, which a GPU refuses.

@@ -178,7 +178,8 @@ class Teacher:
     # ------------------------------------------------------------------------------------ samples
 
     def sampler(self, stops, w, order=1):
-        """The teacher's own, under guidance: sampler(x_T, cond, uncond) -> x_0."""
+        """The teacher's own, under guidance of weight w (None: without): sampler(x_T, cond, uncond)
+        -> x_0."""
         def run(x, cond, uncond):
             return sample(self.net, self.schedule, x, stops, cond, uncond, w, order)
         return run
