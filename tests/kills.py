@@ -31,34 +31,40 @@ def saved(out):
     return sorted(out.glob("checkpoints/adm-????????"))
 
 
+def newest_of(checkpoints):
+    """The last iteration that was saved, 0 if none was."""
+    return number(checkpoints[-1]) if checkpoints else 0
+
+
 def say_nothing(text):
     pass
 
 
 def punish(small, out, kills, dice, rank=2, told=say_nothing):
-    """Kill -9 a run that saves after every iteration, at a moment between its start and a while
-    after its first save; `kills` times -> counts."""
+    """Kill -9 a run that saves after every iteration, `kills` times -> counts. Every second one is
+    killed while it starts, the others at a moment after they saved: each of these gets at least
+    one iteration further, on however slow a machine."""
     from cli import Run
     from sdxl import start
     Run("-c", "pass").wait()            # the process that runs are forked from imports all first
     newest = 0
     counts = Counter()
-    patience = None
+    to_first_save = None                                                            # in seconds
     before = set()
     for k in range(kills):
         began = time.time()
         run = start(small, out, *loras(rank), *FLAGS, ENDLESS, "--resume", "auto")
-        if patience is None:                                    # how long that takes here
-            while not saved(out) and run.alive():
+        if k % 2 == 0:
+            while newest_of(saved(out)) == newest and run.alive():
                 time.sleep(0.01)
-            patience = 2 * (time.time() - began)
-        time.sleep(max(0, began + dice.uniform(0, patience) - time.time()))
+            to_first_save = time.time() - began
+        time.sleep(dice.uniform(0, to_first_save))
         assert run.alive(), run.wait().stderr[-2000:]
         run.send(signal.SIGKILL)
         run.wait()
         there = saved(out)
         counts["unreadable"] += unreadable(there, told)
-        last = number(there[-1]) if there else 0
+        last = newest_of(there)
         counts["lost"] += last < newest or (newest > 1 and len(there) < 2)
         leftovers = {(str(p), p.stat().st_ino) for p in out.glob("**/*.tmp")}
         counts["leftovers"] += len(leftovers - before)
@@ -89,10 +95,10 @@ def unreadable(checkpoints, told):
 def finish(small, out, rank=2):
     """Resume once more, Ctrl-C after another save: the last iteration it reached."""
     from sdxl import stop_when
-    newest = number(saved(out)[-1])
+    newest = newest_of(saved(out))
     stop_when(small, out, f"adm-{newest + 1:08d}", *loras(rank), *FLAGS, ENDLESS)
     assert not list(out.glob("**/*.tmp")), "what a killed save left was not cleaned"
-    return number(saved(out)[-1])
+    return newest_of(saved(out))
 
 
 def print_now(text):
