@@ -14,8 +14,9 @@ trains. It makes the same updates (the tests hold one against the other), with t
 - D's features of x_fake serve both updates: the discriminator's takes them detached.
 - Guidance runs both its halves in one batch, and micro-batches may add up to one iteration.
 
-A stage is a generator that yields its losses once per generator step. Logging, checkpoints and
-processes live in its caller's `for` body, random numbers (`draws`) in training/draws.py.
+A stage is a Python generator: it trains, and yields its losses after each step of G, those of the
+last micro-batch. Logging, checkpoints and processes live in its caller's `for` body, random numbers
+(`draws`) in training/draws.py.
 """
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -24,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from discriminators import HINGE
-from ode import Schedule, network_output, predict, sample
+from ode import Schedule, network_output, predict, sample, to_multiply
 
 
 class Scores(NamedTuple):
@@ -66,7 +67,7 @@ def algorithm_1(generator, scores, discriminator, optimizers, student_schedule, 
     z_g, t = draws.normal(), draws.integers(dt, schedule.T)                           # line 18
     x_t = schedule.add_noise(x0_hat, z_g, t)                                          # line 19
     x_fake = schedule.step(*predict(f_psi, schedule, x_t, t, cond), t - dt)           # line 20
-    w = draws.uniform(*guidance).view(-1, *[1] * (x_t.dim() - 1))
+    w = to_multiply(draws.uniform(*guidance), x_t)
     with torch.no_grad():
         output_cond = network_output(F_phi, schedule, x_t, t, cond)
         output_uncond = network_output(F_phi, schedule, x_t, t, uncond)
@@ -83,7 +84,6 @@ def algorithm_1(generator, scores, discriminator, optimizers, student_schedule, 
     heads_opt.zero_grad()
     heads_loss.backward()
     heads_opt.step()                                                                  # line 26
-    fake_opt.zero_grad()
 
 
 @contextmanager
@@ -112,7 +112,7 @@ def dmd_gradient(x0_hat, x0_fake, x0_real):
     (x0_fake - x0_real) / mean|x0_hat - x0_real|. The normaliser makes steps alike at all t. It is a
     weight and takes no gradient, or the student could lower its loss by leaving the teacher."""
     scale = (x0_hat - x0_real).abs().flatten(1).mean(1).clamp(min=1e-8)         # [B]
-    return (x0_fake - x0_real) / scale.view(-1, *[1] * (x0_hat.dim() - 1))
+    return (x0_fake - x0_real) / to_multiply(scale, x0_hat)
 
 
 def dmd_judge(scores, x0_hat, z_g, t, w, cond, uncond):
@@ -163,7 +163,7 @@ def step_length(dt, T, draws):
 
 def adm(generator, scores, discriminator, optimizers, student_schedule, stops, guidance, batches,
         iterations, start=(0, 0), ttur=1, dt=None, loss=HINGE, student_w=None):
-    """Algorithm 1, a generator of losses: one yield per generator step.
+    """Algorithm 1: yields its losses after each step of G.
 
     discriminator: Discriminator on the teacher; None for DMD, the baseline, which has none.
     optimizers: of generator, fake score, heads (None with DMD).
@@ -173,6 +173,7 @@ def adm(generator, scores, discriminator, optimizers, student_schedule, stops, g
     batches(global_iter): list of micro-batches (draws, cond, uncond) whose gradients add up.
     ttur: fake-score updates per generator update.
     dt: how far below t the discriminator looks, in times; a list: one of them, drawn an iteration.
+    DMD takes no step; there dt is the smallest t.
     x_fake and x_real differ by dt times the difference of the scores. Short steps keep D to just
     that difference (the paper: T/64), and take D many samples to learn from.
     student_w: CFG weight of the generator itself ("ADM w/ CFG", Tab. 8).
@@ -204,7 +205,7 @@ def adm(generator, scores, discriminator, optimizers, student_schedule, stops, g
             above, t_n = stops[:N - n + 1], stops[N - n]
             with torch.no_grad():                                                     # line 16
                 x_tn = sample(generator, G_schedule, z, above, cond, uncond, student_w)
-            # one jump with a gradient: memory for one pass of G, however many its steps     line 17
+            # one jump with a gradient: the memory of one pass of G, however many steps      line 17
             x0_hat, _ = predict(generator, G_schedule, x_tn, t_n, cond, uncond, student_w)
             length = step_length(dt, schedule.T, draws)
             z_g, t = draws.normal(), draws.integers(length, schedule.T)               # line 18
@@ -235,13 +236,13 @@ def adp_times(draws, T):
     return ((1 - draws.uniform() ** 3) * T).ceil().long().clamp(min=1)          # [B]
 
 
-def adp(generator, latent, pixel, decode, optimizers, schedule, line, batches, iterations, start=0,
+def adp(generator, D_1, D_2, decode, optimizers, schedule, line, batches, iterations, start=0,
         weights=(0.85, 0.15), loss=HINGE):
-    """Adversarial distillation pre-training, a generator of losses. G learns the straight line
-    between the ends of the teacher's ODE pairs, as rectified flow does, but two discriminators hold
-    it there, and no squared error, which would blur.
+    """Adversarial distillation pre-training; yields its losses after each step of G. G learns the
+    straight line between the ends of the teacher's ODE pairs, as rectified flow does, but two
+    discriminators hold it there, and no squared error, which would blur.
 
-    latent: D_1 on the teacher. pixel: D_2 on a vision encoder, which sees decode(x0).
+    D_1: Discriminator on the teacher. D_2: on a vision encoder, which sees decode(x0).
     weights: (lambda_1, lambda_2). optimizers: of generator, latent heads, pixel heads.
     schedule: the teacher's. line: the straight one, whose velocity x_T - x_0 G predicts.
     batches(iteration): list of micro-batches (draws, x0_teacher, x_T, cond) whose gradients add up.
@@ -260,21 +261,21 @@ def adp(generator, latent, pixel, decode, optimizers, schedule, line, batches, i
             # D_1 sees latents noised again to t' ~ U(0, T), both by the same noise; D_2 sees images
             noise, t_prime = draws.normal(), draws.integers(1, schedule.T)
             told = dict(cond, timestep=schedule.timestep.to(x_T.device)[t_prime])
-            latent_fake = latent.taps(schedule.add_noise(x0_student, noise, t_prime), **told)
-            pixel_fake = pixel.taps(decode(x0_student))
+            latent_fake = D_1.taps(schedule.add_noise(x0_student, noise, t_prime), **told)
+            pixel_fake = D_2.taps(decode(x0_student))
             with torch.no_grad():
-                latent_real = latent.taps(schedule.add_noise(x0_teacher, noise, t_prime), **told)
-                pixel_real = pixel.taps(decode(x0_teacher))
-            d1_real, d2_real = latent.heads(latent_real), pixel.heads(pixel_real)
-            loss_1 = loss.generator(latent.heads(latent_fake), d1_real.detach())
-            loss_2 = loss.generator(pixel.heads(pixel_fake), d2_real.detach())
+                latent_real = D_1.taps(schedule.add_noise(x0_teacher, noise, t_prime), **told)
+                pixel_real = D_2.taps(decode(x0_teacher))
+            d1_real, d2_real = D_1.heads(latent_real), D_2.heads(pixel_real)
+            loss_1 = loss.generator(D_1.heads(latent_fake), d1_real.detach())
+            loss_2 = loss.generator(D_2.heads(pixel_fake), d2_real.detach())
             generator_loss = lambda_1 * loss_1 + lambda_2 * loss_2
             grad_x0, = torch.autograd.grad(generator_loss, x0_student)
             x0_tilde.backward(grad_x0 / len(batch))
 
             # both discriminators, on the same features, detached
-            d1_fake = latent.heads([feature.detach() for feature in latent_fake])
-            d2_fake = pixel.heads([feature.detach() for feature in pixel_fake])
+            d1_fake = D_1.heads([feature.detach() for feature in latent_fake])
+            d2_fake = D_2.heads([feature.detach() for feature in pixel_fake])
             latent_loss = loss.discriminator(d1_fake, d1_real)
             pixel_loss = loss.discriminator(d2_fake, d2_real)
             ((lambda_1 * latent_loss + lambda_2 * pixel_loss) / len(batch)).backward()

@@ -18,11 +18,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-def group_norm(channels, area):
-    """GroupNorm(32), or fewer groups where a group would hold under 16 values: over one or two
-    values normalisation leaves a constant, whose gradient is zero, silently."""
+def group_norm(channels, values):
+    """GroupNorm(32) for so many values a channel, or fewer groups where one would hold under 16:
+    over one or two values normalisation leaves a constant, whose gradient is zero, silently."""
     groups = min(32, channels)
-    while channels % groups or (groups > 1 and channels // groups * area < 16):
+    while channels % groups or (groups > 1 and channels // groups * values < 16):
         groups -= 1
     return nn.GroupNorm(groups, channels)
 
@@ -33,10 +33,9 @@ class Head(nn.Module):
     shape: the tap's (C,H,W) or (C,T,H,W). Raises ValueError if the map is under 2x2.
     2-D block (B.1): 4x4 convolution of stride 2, GroupNorm, SiLU.
     3-D block (B.2): 3x3x3 convolution, then 3x3 of stride 2 in each frame, GroupNorm, SiLU.
-    The depth is capped by the map, which each block halves. *(choice)*: `hidden` channels (as wide
-    as
-    the tap is out of reach for a DiT: 7 billion parameters for SD3.5-Large), two blocks, a 1x1
-    convolution to logits, and a GroupNorm in front, as taps differ in scale by orders of magnitude.
+    A block halves the map, so a small map has fewer of them. *(choice)*: two blocks, a 1x1
+    convolution to logits, a GroupNorm in front, as taps differ in scale by orders of magnitude, and
+    `hidden` channels: heads as wide as their taps would be 7 billion parameters for SD3.5-Large.
     """
 
     def __init__(self, shape, hidden=256, blocks=2):
@@ -47,16 +46,16 @@ class Head(nn.Module):
         if depth < 1:
             raise ValueError(f"a head needs a map of at least 2x2, but this tap gives "
                              f"{tuple(shape)}: use larger images or fewer taps")
-        area = height * width * (frames[0] if is_video else 1)
-        layers = [group_norm(channels, area)]
+        values = height * width * (frames[0] if is_video else 1)        # of a channel
+        layers = [group_norm(channels, values)]
         for _ in range(depth):
             if is_video:
                 layers.append(nn.Conv3d(channels, hidden, 3, padding=1))
                 layers.append(nn.Conv3d(hidden, hidden, (1, 3, 3), (1, 2, 2), (0, 1, 1)))
             else:
                 layers.append(nn.Conv2d(channels, hidden, 4, 2, padding=1))
-            area //= 4
-            layers += [group_norm(hidden, area), nn.SiLU()]
+            values //= 4
+            layers += [group_norm(hidden, values), nn.SiLU()]
             channels = hidden
         layers.append((nn.Conv3d if is_video else nn.Conv2d)(hidden, 1, 1))
         self.layers = nn.Sequential(*layers)

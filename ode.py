@@ -22,6 +22,11 @@ the PF-ODE and measures the solvers' order.
 import torch
 
 
+def to_multiply(values, x):
+    """One value for all samples [], or one for each [B], shaped to multiply x [B,...]."""
+    return values.reshape(values.shape + (1,) * (x.dim() - 1))
+
+
 class Schedule:
     """The table of a diffusion model, one row for each time t = 0..T.
 
@@ -64,9 +69,9 @@ class Schedule:
 
     def coefficients(self, t, x):
         """(alpha_t, sigma_t) in x's dtype, shaped to multiply x [B,...]."""
-        alpha, sigma = (table[t].to(x.device, x.dtype) for table in (self.alpha, self.sigma))
-        shape = alpha.shape + (1,) * (x.dim() - 1) if alpha.dim() else ()
-        return alpha.reshape(shape), sigma.reshape(shape)
+        alpha = self.alpha[t].to(x.device, x.dtype)
+        sigma = self.sigma[t].to(x.device, x.dtype)
+        return to_multiply(alpha, x), to_multiply(sigma, x)
 
     def add_noise(self, x_0, eps, t):
         """Eq. 1: x_t = alpha_t x_0 + sigma_t eps."""
@@ -133,7 +138,7 @@ def predict(net, schedule, x, t, cond, uncond=None, w=None):
     output = network_output(net, schedule, twice, torch.cat([t, t]), join_batches(uncond, cond))
     output_uncond, output_cond = output.chunk(2)                                # [B,...]
     if torch.is_tensor(w):
-        w = w.to(output).view(-1, *[1] * (x.dim() - 1))
+        w = to_multiply(w.to(output), x)
     return schedule.pair(x, output_uncond + w * (output_cond - output_uncond), t)
 
 

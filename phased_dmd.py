@@ -33,7 +33,7 @@ from typing import NamedTuple
 import torch
 
 from adm import dmd_gradient, score_loss
-from ode import network_output, predict, sample
+from ode import network_output, predict, sample, to_multiply
 
 
 class Expert(NamedTuple):
@@ -47,8 +47,7 @@ def renoise_coefficients(schedule, s, t, x):
     t = torch.as_tensor(t, device=schedule.alpha.device)
     a = schedule.alpha[t] / schedule.alpha[s]
     b = (schedule.sigma[t] ** 2 - (a * schedule.sigma[s]) ** 2).sqrt()
-    shape = t.shape + (1,) * (x.dim() - 1) if t.dim() else ()
-    return a.to(x.device, x.dtype).reshape(shape), b.to(x.device, x.dtype).reshape(shape)
+    return to_multiply(a.to(x.device, x.dtype), x), to_multiply(b.to(x.device, x.dtype), x)
 
 
 def renoise(schedule, x_s, eps, s, t):
@@ -96,11 +95,13 @@ def kl_gradient(schedule, x_s, fake_pair, real_pair, s, t, weighting="dmd"):
     a, _ = renoise_coefficients(schedule, s, t, x_s)
     alpha_s, sigma_s = schedule.coefficients(s, x_s)
     _, sigma_t = schedule.coefficients(t, x_s)
+    x0_fake, eps_fake = fake_pair
+    x0_real, eps_real = real_pair
     if weighting == "paper":
-        return a / sigma_t * (real_pair[1] - fake_pair[1])
+        return a / sigma_t * (eps_real - eps_fake)
     if weighting == "dmd":
-        mean_fake = alpha_s * fake_pair[0] + a * sigma_s**2 / sigma_t * fake_pair[1]
-        mean_real = alpha_s * real_pair[0] + a * sigma_s**2 / sigma_t * real_pair[1]
+        mean_fake = alpha_s * x0_fake + a * sigma_s**2 / sigma_t * eps_fake
+        mean_real = alpha_s * x0_real + a * sigma_s**2 / sigma_t * eps_real
         return dmd_gradient(x_s, mean_fake, mean_real)
     raise ValueError(f"weighting {weighting!r} is neither 'paper' nor 'dmd'")
 
@@ -130,8 +131,9 @@ def generate(experts, schedule, z, cond):
 
 def phased_dmd(experts, scores, optimizers, guidance, batches, iterations, start=(0, 0), ttur=5,
                weighting="dmd", narrow=False, clamp=(0.0, 10.0)):
-    """One phase, a generator of losses: one yield per generator step. With a single phase of stops
-    T > ... > 0 this is DMD with stochastic gradient truncation (SGTS).
+    """One phase; yields its losses after each step of the last expert, those of the last
+    micro-batch. With a single phase of stops T > ... > 0 this is DMD with stochastic gradient
+    truncation (SGTS).
 
     experts: as in `generate`; the last is trained, those before it only make its input.
     scores: adm.Scores, the fake one a fresh copy of the teacher in every phase.

@@ -107,7 +107,7 @@ def run_adm(run, generator, ema, schedule, facts):
                                       latent_heads(args, teacher))
         heads = dict(heads=discriminator.heads)
         if args.warm_heads and run.reached != "adm":
-            load_warm_heads(args, run.out, facts, discriminator.heads)
+            load_warm_heads(run, facts, discriminator.heads)
         heads_opt = Optimizer("latent heads", discriminator.heads.parameters(),
                               args.lr_discriminator, args.clip)
     optimizers = (Optimizer("generator", generator.parameters(), args.lr_generator, args.clip),
@@ -138,20 +138,23 @@ def run_dmdx(run):
     if run.stages[0] != "adm" and run.reached != "adm":
         pretrain = run_adp if run.stages[0] == "adp" else run_reflow
         if not pretrain(run, generator, ema, facts):
-            return goodbye(out)
+            goodbye(out)
+            return None
         after_adp = True
     elif run.reached == "adm":          # perhaps of another --out, where ADP's checkpoint is not
         after_adp = is_after_adp(run.checkpoint)
     else:
         after_adp = load_finished_adp(run, ema, facts)
     if args.stage == "adp":
-        return tell("adp is done; go on with --stage adm --resume auto")
+        tell("adp is done; go on with --stage adm --resume auto")
+        return None
     schedule = teacher.line if after_adp else teacher.schedule
     if run.stages[-1] == "adm":
         if run.reached != "adm":
             ema.restart()               # ADM starts from what ADP's average had become
         if not run_adm(run, generator, ema, schedule, dict(facts, after_adp=after_adp)):
-            return goodbye(out)
+            goodbye(out)
+            return None
     return [Expert(ema.net, schedule.stops(args.steps))], schedule
 
 
@@ -183,7 +186,8 @@ def run_phases(run):
         if run.reached in run.stages[k:]:
             load_finished_phase(run, f"phase{k}", ema, facts)
         elif not run_phase(run, k, experts, Expert(generator, phase), ema, facts):
-            return goodbye(run.out)
+            goodbye(run.out)
+            return None
         experts.append(Expert(ema.net, phase))
     return experts, teacher.schedule
 
@@ -231,18 +235,19 @@ def stages_of(args, family):
     return [name for name in names if args.stage in ("all", name)]
 
 
-def distil(run, families, path, shipped):
+def distil(run, families, shipped):
     """Pairs, training, export -> what of the run's table goes into result.json, or None if it ends
-    before there is a student. path: of the teacher; shipped: its record, if it is an embedded
-    one."""
+    before there is a student. shipped: the teacher's record, if it is an embedded one."""
     args, teacher, out = run.args, run.teacher, run.out
     has_pairs = args.stage == "all" and run.stages[0] in ("adp", "reflow")
     if args.stage == "pairs" or has_pairs or shipped:
         if not collect_pairs(args, out, teacher, run.stop):
-            return goodbye(out)
+            goodbye(out)
+            return None
     barrier()
     if args.stage == "pairs":
-        return tell("pairs is done; go on with --stage adp --resume auto")
+        tell("pairs is done; go on with the same flags and --resume auto, without --stage")
+        return None
     done = run_phases(run) if args.method == "phased_dmd" else run_dmdx(run)
     if done is None:
         return None
@@ -255,24 +260,23 @@ def distil(run, families, path, shipped):
         raise Failure(f"the student's {wrong} are not finite, so nothing was exported; look at its "
                       f"losses in {out.path}/metrics.jsonl")
     table = {}
-    if shipped and (teacher.fsdp or world()[0] == 0):
+    if shipped and (teacher.ranks_draw_together or world()[0] == 0):
         table = report_of_student(shipped, run, experts, schedule)
     weights = [{} if isinstance(expert.net, Lora) else on_rank_0(expert.net.state_dict())
                for expert in experts]
     if world()[0] == 0:
         curves(out)
         write_folder(out.path / "samples", {"samples.safetensors": samples}, teacher.facts)
-        export(run, families, path, experts, schedule, weights)
+        export(run, families, experts, schedule, weights)
     return table
 
 
 def main(doc, medium):
     families = of_medium(medium)
     args, shipped = parse(doc, families, embedded.of_medium(medium))
-    path = args.model or shipped.folder
-    family = families[pipeline_class(path, families)]
+    family = families[pipeline_class(args.model, families)]
     if args.dry_run:
-        pipe = load_pipeline(args, families, path, hollow="all")
+        pipe = load_pipeline(args, families, hollow="all")
         return dry_run.report(args, pipe, family, args.dry_run)
     began = time.time()
     prompts = read_prompts(args.prompts) if args.prompts else shipped.prompts
@@ -288,11 +292,11 @@ def main(doc, medium):
     report = report_of(args, out, stages)       # what its tracker refuses is told now
     if "adp" in stages and reached != "adm":
         load_vision_encoder(args.pixel_backbone)    # what is wrong with it is told before the pairs
-    teacher = Teacher(args, out, prompts, look_at, device, families, path)
+    teacher = Teacher(args, out, prompts, look_at, device, families)
     run = Run(args, out, teacher, stop, stages, checkpoint, reached, pictures(args, out, teacher),
               report=report)
     try:
-        table = distil(run, families, path, shipped)
+        table = distil(run, families, shipped)
     except NotFinite as e:
         drawn = sorted(set(gather_lists(teacher.drawn)))
         lines = [f"{i + 1} ({textwrap.shorten(prompts[i], 40)})" for i in drawn]

@@ -24,7 +24,8 @@ def encode(pipe, prompts, latent, device, empty=True, max_sequence_length=512):
         more = max_sequence_length - text.shape[1]
         return dict(encoder_hidden_states=F.pad(text, [0, 0, 0, more]),
                     encoder_hidden_states_mask=F.pad(mask.bool(), [0, more]))
-    return embed(prompts), embed([" "] * len(prompts)) if empty else None
+    uncond = embed([" "] * len(prompts)) if empty else None
+    return embed(prompts), uncond
 
 
 def token_grid(pipe, height, width):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from discriminators import Taps, to_grid
-from training.errors import Failure, first_not_finite, none_missing
+from training.errors import Failure, first_not_finite, none_missing, reason_of
 from training.folders import read_json
 
 
@@ -70,6 +70,5 @@ def load_vision_encoder(path, device=None):
             raise ValueError(f"{wrong} holds values that are not finite")
         return net.to(device, torch.float32)
     except Exception as e:                                  # transformers has several of its own
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise Failure(f"--pixel-backbone {path}: not a whole model of safetensors ({reason}); "
-                      f"download it again") from e
+        raise Failure(f"--pixel-backbone {path}: not a whole model of safetensors "
+                      f"({reason_of(e)}); download it again") from e

@@ -96,7 +96,7 @@ def train_adp(teacher, pairs, iterations):
     optimizers = (optimizer_of(student, 3e-4), optimizer_of(latent.heads, 1e-3),
                   optimizer_of(pixel.heads, 1e-3))
     return averaged(student, optimizers[0], iterations, adp(
-        student, latent=latent, pixel=pixel, decode=lambda x: x, optimizers=optimizers,
+        student, D_1=latent, D_2=pixel, decode=lambda x: x, optimizers=optimizers,
         schedule=LINE, line=LINE, batches=pairs, iterations=iterations))
 
 

@@ -170,7 +170,7 @@ def train_adp(world, backbone=None, weights=(0.85, 0.15)):
     pixel = pixel_discriminator(backbone or setting.backbone)
     optimizers = (optimizer_of(net, setting.lr_adp), optimizer_of(latent.heads, setting.lr_heads),
                   optimizer_of(pixel.heads, setting.lr_heads))
-    losses = adp(net, latent=latent, pixel=pixel, decode=lambda x: x, optimizers=optimizers,
+    losses = adp(net, D_1=latent, D_2=pixel, decode=lambda x: x, optimizers=optimizers,
                  schedule=SCHEDULE, line=SCHEDULE, batches=pair_batches(world, ADP),
                  iterations=setting.iterations_adp, weights=weights)
     average, log, seconds = averaged(net, optimizers[0], setting.iterations_adp, losses,

@@ -152,6 +152,20 @@ def failed(done, code, *words):
         assert word in lines[0], (word, lines[0])
 
 
+class StopAt:
+    """In the place of a StopSignal: asked to stop, the n-th time somebody looks."""
+
+    def __init__(self, n):
+        self.left = n
+
+    def asked_of_any_rank(self):
+        self.left -= 1
+        return self.left == 0
+
+
+NEVER = StopAt(-1)
+
+
 def in_background(waiting):
     """-> a decorator for tests that wait for several runs: they are done in the background, two at
     a time, from the moment the first is asked for. waiting: {name: test}, filled by it, for a

@@ -159,7 +159,7 @@ def trained_by_adp(**arguments):
     spies = {name: Spy(module, RATE) for name, module in net.trained().items()}
     losses = []
     for i, found in enumerate(adp(
-            net.generator, latent=net.latent, pixel=net.pixel, decode=decode,
+            net.generator, D_1=net.latent, D_2=net.pixel, decode=decode,
             optimizers=list(spies.values()), schedule=TEACHERS, line=LINE, batches=pairs,
             iterations=ITERATIONS, **arguments), 1):
         assert found.pop("iteration") == i
@@ -213,7 +213,7 @@ def test_frozen_backbones_collect_nothing_and_all_three_players_learn():
     before = [weights_of(net) for net in trained]
     x_T = torch.randn(BATCH, 2).double()
     found = list(adp(
-        generator, latent=latent, pixel=pixel, decode=lambda x: x,
+        generator, D_1=latent, D_2=pixel, decode=lambda x: x,
         optimizers=sgd(*trained, lr=0.05), schedule=schedule, line=line,
         batches=lambda i: [(draws_of(i), 0.3 * x_T, x_T, {})], iterations=3))
     assert [losses["iteration"] for losses in found] == [1, 2, 3]
@@ -253,7 +253,7 @@ def times_of(stage):
     else:
         latent = Discriminator(lambda x, timestep: [x], mlp_heads(1, 2, 4))
         pixel = Discriminator(lambda x: [x], mlp_heads(1, 2, 4))
-        stages = adp(generator, latent=latent, pixel=pixel, decode=lambda x: x,
+        stages = adp(generator, D_1=latent, D_2=pixel, decode=lambda x: x,
                      optimizers=sgd(generator, latent.heads, pixel.heads, lr=0.0),
                      schedule=schedule, line=line, batches=many, iterations=3)
     for _ in stages:

@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import pipelines
 from families.family import of_medium
 from families.vision import load_vision_encoder
 from limits import within
-from tools.sample import load_teacher
+from tools.sample import embedded_teacher, load_teacher
 from training.checkpoints import save_checkpoint
 from training.errors import Failure
 from training.export import how_it_was_made, load_student, model_card
@@ -59,7 +60,7 @@ def make_teacher(model, out, *flags):
     args = arguments(model, "--pair-steps", "2", *flags)
     output = Output(out, None)
     families = of_medium("image")
-    return Teacher(args, output, ["a red circle"], [], torch.device("cpu"), families, None)
+    return Teacher(args, output, ["a red circle"], [], torch.device("cpu"), families)
 
 
 # ------------------------------------------------------------------------- 2, 14: model_index.json
@@ -106,10 +107,19 @@ def test_an_index_that_is_no_file(tmp_path):
         pipeline_config(tmp_path)
 
 
+def test_a_student_is_drawn_beside_the_embedded_teacher_of_its_kind():
+    """The SD3 that ships has no third text encoder."""
+    teacher = embedded_teacher(pipelines.sd3(blocks=1))
+    assert teacher.folder.name == "sd3"
+    assert load_teacher(teacher.folder, torch.float32).text_encoder_3 is None
+    with pytest.raises(Failure, match="is a SimpleNamespace.*--teacher and --prompts"):
+        embedded_teacher(SimpleNamespace())
+
+
 def test_an_sd3_without_a_third_encoder_is_one_that_was_left_out(tmp_path):
     index = dict(_class_name="StableDiffusion3Pipeline", text_encoder=["transformers", "X"])
     replace(tmp_path / "model_index.json", json.dumps(index))
-    missing = left_out(SimpleNamespace(no_t5=False), tmp_path, "StableDiffusion3Pipeline")
+    missing = left_out(tmp_path, "StableDiffusion3Pipeline")
     assert missing == ["text_encoder_3", "tokenizer_3"]
 
 
@@ -153,7 +163,7 @@ def test_weights_that_are_not_finite(model, part):
     file.unlink()
     save_file(state, file, metadata=dict(format="pt"))
     with pytest.raises(Failure, match=rf"--model {model}: .*{part}\..*not finite"):
-        load_pipeline(SimpleNamespace(model=str(model), no_t5=False), of_medium("image"), None)
+        load_pipeline(SimpleNamespace(model=str(model), no_t5=False), of_medium("image"))
 
 
 # ---------------------------------------------------------------------------- 15: --pixel-backbone

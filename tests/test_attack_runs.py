@@ -200,6 +200,9 @@ def test_a_warm_start(small, folder):
            "its warm_heads is True, this run's is None")
     succeeded(Run(*resumed).wait())
     same(weights(out), weights(whole), rtol=0, atol=0)
+    elsewhere = folder / "elsewhere"            # where no checkpoint of ADP is
+    succeeded(train(small, elsewhere, *WARM, "--resume", adp))
+    same(weights(elsewhere), weights(whole), rtol=0, atol=0)
 
 
 def test_warm_heads_without_an_adp_to_take_them_from(small, tmp_path):

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from cli import NEVER, StopAt
 from training.checkpoints import load_checkpoint, save_checkpoint
 from training.errors import Failure
 from training.folders import seal, verify, write_folder
@@ -20,8 +21,9 @@ class Teacher(SimpleNamespace):
     """Its samples are its noise, twice."""
 
     def __init__(self, factor=2.0):
-        super().__init__(facts=dict(teacher="x"), shape=(2,), prompts=["a", "b", "c"], fsdp=None,
-                         schedule=SimpleNamespace(stops=range), factor=factor, drawn=0)
+        super().__init__(facts=dict(teacher="x"), shape=(2,), prompts=["a", "b", "c"],
+                         ranks_draw_together=False, schedule=SimpleNamespace(stops=range),
+                         factor=factor, drawn=0)
 
     def sampler(self, stops, w, order):
         return None
@@ -31,18 +33,7 @@ class Teacher(SimpleNamespace):
         return self.factor * x_T
 
 
-class StopAt:
-    """Asked to stop, the n-th time somebody looks."""
-
-    def __init__(self, n):
-        self.left = n
-
-    def __bool__(self):
-        self.left -= 1
-        return self.left == 0
-
-
-def collect(out, pairs, teacher=None, stop=False):
+def collect(out, pairs, teacher=None, stop=NEVER):
     args = SimpleNamespace(pairs=pairs, pair_steps=2, pair_guidance=7.0, seed=0, batch_size=8,
                            context_parallel=1)
     teacher = teacher or Teacher()

@@ -343,6 +343,15 @@ def test_ranks_that_share_a_sample_are_one(tmp_path, kind, ranks, blocks, attent
     assert alone["x"].abs().max() > 1e-4
 
 
+def test_context_parallel_of_the_embedded_teacher(tmp_path):
+    """Its table is drawn by all ranks, which share every pass."""
+    flags = ("--pairs 8 --pair-steps 2 --iterations 1 --warm-up 0 --batch-size 2 --method dmd "
+             "--context-parallel 2").split()
+    succeeded(Run(ROOT / VIDEOS, "--out", tmp_path / "out", *flags, ranks=2).wait())
+    assert "student" in json.loads((tmp_path / "out" / "result.json").read_text())
+
+
+
 def test_context_parallel_from_the_command_line(family, tmp_path):
     """Two ranks that share samples, and weights as well, recomputing, against one rank."""
     script, folder, prompts = family("cogvideox-5b", SHALLOW)

@@ -301,7 +301,7 @@ def teacher_of(pipe, tmp_path, monkeypatch, **more):
     monkeypatch.setattr(training.teacher, "load_pipeline", lambda *a, **k: pipe)
     return training.teacher.Teacher(
         SimpleNamespace(**dict(args, **more)), SimpleNamespace(path=tmp_path), ["a dog", "a cat"],
-        [], torch.device("cpu"), {"StableDiffusion3Pipeline": sd3.FAMILY}, None)
+        [], torch.device("cpu"), {"StableDiffusion3Pipeline": sd3.FAMILY})
 
 
 def test_text_encoders_are_gone_before_the_network_moves(tmp_path, monkeypatch):

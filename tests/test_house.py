@@ -195,7 +195,7 @@ def test_lines_fit_100_columns():
 
 def test_the_method_is_read_in_one_sitting():
     lengths = {name: len(lines_of(f"{name}.py")) for name in METHOD}
-    assert sum(lengths.values()) < 800, lengths
+    assert sum(lengths.values()) < 820, lengths
 
 
 def test_functions_fit_a_screen():

@@ -606,7 +606,7 @@ def test_weights_that_a_file_lacks(small, tmp_path, part):
             load_vision_encoder(str(model), "cpu")
         else:
             args = SimpleNamespace(model=str(model), no_t5=False)
-            load_pipeline(args, of_medium("image"), None)
+            load_pipeline(args, of_medium("image"))
 
 
 @long

@@ -8,6 +8,7 @@ import torch
 from torch.testing import assert_close
 
 import train_sdxl
+from cli import NEVER
 from families.family import of_medium
 from sdxl import PROMPTS, weights
 from training import checkpoints
@@ -59,12 +60,12 @@ def run_of(small, tmp_path, monkeypatch):
         families = of_medium("image")
         args, _ = parse("", families, ())
         out = Output(args.out, None)
-        teacher = Teacher(args, out, PROMPTS, [], torch.device("cpu"), families, None)
+        teacher = Teacher(args, out, PROMPTS, [], torch.device("cpu"), families)
         start = {name: p.detach().clone() for name, p in teacher.net.named_parameters()}
         stages = train_sdxl.stages_of(args, teacher.family)
         if stages[0] in ("adp", "reflow"):
-            assert collect_pairs(args, out, teacher, False)
-        return Run(args, out, teacher, False, stages, None, None, no_picture), start
+            assert collect_pairs(args, out, teacher, NEVER)
+        return Run(args, out, teacher, NEVER, stages, None, None, no_picture), start
     return made
 
 
@@ -168,7 +169,7 @@ def test_a_resumed_stage_goes_on_at_its_place_on_the_line(run_of, tmp_path):
 
     ema = SimpleNamespace(update=lambda: None, networks=lambda: dict(generator=net))
     args = SimpleNamespace(decay=True, save_every=100, sample_every=100)
-    run = Run(args, Output(tmp_path / "alone", None), None, False, ["adm"], None, None, no_picture)
+    run = Run(args, Output(tmp_path / "alone", None), None, NEVER, ["adm"], None, None, no_picture)
     stage = Stage("adm", 10, ema, {}, (optimizer,), {}, [], None)
     assert follow(run, stage, steps(7), 7)
     assert optimizer.rates == pytest.approx([0.5 * 0.3, 0.5 * 0.2, 0.5 * 0.1])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.tracking import GeneralTracker
 
-from cli import Run, failed, succeeded
+from cli import NEVER, Run, failed, succeeded
 from families.family import of_medium
 from sdxl import command
 from teachers import embedded
@@ -65,7 +65,7 @@ def drive(folder, report, start, end, sample_every=100):
         grid(out.path / file, dict(student=torch.zeros(1, 3, 8, 8)), ["a dog"])
 
     args = SimpleNamespace(decay=False, save_every=100, sample_every=sample_every)
-    run = stage.Run(args, out, None, False, ["adm"], None, None, show, report=report)
+    run = stage.Run(args, out, None, NEVER, ["adm"], None, None, show, report=report)
     ema = SimpleNamespace(update=lambda: None, networks=lambda: dict(generator=net))
     one = stage.Stage("adm", 40, ema, {}, (SimpleNamespace(rate=1.0),), {}, [], None)
     stage.follow(run, one, losses(), start)

@@ -159,7 +159,7 @@ def adp_loop(args, teacher, generator, latent, optimizers, schedule):
         draws = Draws((0, 1), iteration, range(n), teacher.shape, device)
         return [(draws, x0_teacher, x_T, cond)]
 
-    return adp(generator=generator, latent=latent, pixel=pixel, decode=decode,
+    return adp(generator=generator, D_1=latent, D_2=pixel, decode=decode,
                optimizers=(*optimizers, pixel_opt), schedule=schedule,
                line=Schedule.straight().to(device), batches=batches, iterations=ENDLESS)
 

@@ -177,6 +177,9 @@ def gib(size):
 
 
 def print_table(found, args):
+    if args.method != "dmdx":
+        print("Counted as ADM would take it, discriminator and all. The stages of --method "
+              f"{args.method} are simulated below.\n")
     print(f"{'GiB a rank':32s}{'parameters':>14s}"
           f"{'weights':>10s}{'gradients':>10s}{'optimizer':>10s}{'EMA':>10s}")
     for row in found.rows:
@@ -255,10 +258,9 @@ def report(args, pipe, family, ranks):
     """
     latent = latent_of(family, pipe, getattr(pipe, family.network), args)
     found = costs(args, pipe, family, latent, ranks)
-    model = args.model or "the embedded teacher"
     shape = " x ".join(map(str, latent.shape))
     plural = "s" if ranks > 1 else ""
-    tell(f"{model}: {shape} latents, {latent.height} x {latent.width} pixels, "
+    tell(f"{args.model}: {shape} latents, {latent.height} x {latent.width} pixels, "
          f"micro-batch {args.batch_size}, {ranks} rank{plural}")
     print()
     print_table(found, args)

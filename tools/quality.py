@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from training.errors import Failure, none_missing, read_prompts, run_main
+from training.errors import Failure, none_missing, read_prompts, reason_of, run_main
 from training.ranks import quiet
 
 
@@ -66,7 +66,7 @@ def clip_score(files, prompts, folder, batch=32):
         none_missing(told["missing_keys"])
         processor = CLIPProcessor.from_pretrained(folder)
     except Exception as e:                                  # transformers has several of its own
-        raise Failure(f"--clip {folder}: not a whole CLIP model ({str(e).splitlines()[0]}); "
+        raise Failure(f"--clip {folder}: not a whole CLIP model ({reason_of(e)}); "
                       f"download it again") from e
     scores = []
     for i in range(0, len(files), batch):

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from teachers.shapes import CAPTIONS, SHIPPED
-from training.errors import Failure, is_out_of_memory, read_prompts, run_main
+from teachers import embedded
+from training.errors import Failure, is_out_of_memory, read_prompts, reason_of, run_main
 from training.export import load_student
-from training.loading import SAFE
+from training.loading import SAFE, left_out, pipeline_config
 from training.model_index import read_index, stock_pipeline
 from training.pictures import contact_sheet, grid
 from training.ranks import quiet
@@ -31,29 +31,40 @@ def parse():
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("student", help="export/ of a finished run")
     p.add_argument("--teacher", help="local directory or hub id of its teacher (default: the "
-                                     "embedded one)")
-    p.add_argument("--prompts", help="text file, one a line (default: eight captions of the "
+                                     "embedded one of its kind)")
+    p.add_argument("--prompts", help="text file, one a line (default: some captions of the "
                                      "embedded teacher)")
     p.add_argument("--seed", type=int, default=0, help="of the first prompt; the others count up")
     p.add_argument("--steps", type=int, default=25, help="of the teacher")
     p.add_argument("--guidance", type=float, help="of the teacher (default: its pipeline's own; "
-                                                  "the embedded one's is 3)")
+                                                  "embedded ones': 3)")
     p.add_argument("--bf16", action="store_true")
     p.add_argument("--out", default="out/sample")
     return p.parse_args()
 
 
-def load_teacher(name, dtype):
-    """name: directory or hub id; None: the embedded one. Raises Failure if there is none."""
-    path, flag = str(name or SHIPPED), f"--teacher {name}"
+def embedded_teacher(student):
+    """The embedded teacher (teachers.embedded.Embedded) of the student's kind. Raises Failure if
+    there is none."""
+    kind = type(student).__name__
+    for teacher in embedded.of_medium("image") + embedded.of_medium("video"):
+        if pipeline_config(teacher.folder)["_class_name"] == kind:
+            return teacher
+    raise Failure(f"no teacher that ships is a {kind}, as the student is; give --teacher and "
+                  f"--prompts")
+
+
+def load_teacher(path, dtype):
+    """path: directory or hub id. Raises Failure if there is none."""
+    path, flag = str(path), f"--teacher {path}"
     kind = stock_pipeline(read_index(path, flag)["_class_name"], flag)
     try:
-        pipe = kind.from_pretrained(path, **SAFE)
+        without = left_out(path, kind.__name__)
+        pipe = kind.from_pretrained(path, **dict.fromkeys(without), **SAFE)
     except Exception as e:                                      # every library has its own
         if is_out_of_memory(e):
             raise
-        reason = (str(e) or type(e).__name__).split("\n")[0]
-        raise Failure(f"{flag}: not a whole pipeline of safetensors ({reason}); download it "
+        raise Failure(f"{flag}: not a whole pipeline of safetensors ({reason_of(e)}); download it "
                       f"again") from e
     return pipe.to(dtype)
 
@@ -66,8 +77,6 @@ def teacher_call(args, student_call):
     call["num_inference_steps"] = args.steps
     if args.guidance is not None:
         call["guidance_scale"] = args.guidance
-    elif args.teacher is None:
-        call["guidance_scale"] = 3.0
     return call
 
 
@@ -99,10 +108,17 @@ def save_images(pipe, samples, folder):
 def main():
     args = parse()
     quiet()
-    prompts = read_prompts(args.prompts) if args.prompts else CAPTIONS[::9]
+    prompts = read_prompts(args.prompts) if args.prompts else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     student, student_call = load_student(args.student, dtype)
+    if args.teacher is None:
+        shipped = embedded_teacher(student)
+        args.teacher = shipped.folder
+        if args.guidance is None:
+            args.guidance = shipped.settings["pair_guidance"]
+    if prompts is None:
+        prompts = embedded_teacher(student).prompts[::9]
     teacher = load_teacher(args.teacher, dtype)
     out, rows, result = Path(args.out), {}, {}
     for name, pipe, call in (("teacher", teacher, teacher_call(args, student_call)),

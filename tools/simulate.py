@@ -22,7 +22,6 @@ import torch
 import train_sdxl
 from families.family import of_medium
 from ode import Schedule
-from teachers import embedded
 from tools.passes import blank_prompt
 from training.loading import load_pipeline
 from training.networks import decode_in_bf16, place, recompute_activations, tensors_to
@@ -178,7 +177,7 @@ def simulate(args, pipe, family, ranks=1, encoder=vision_encoder):
                                 follow=found.follow).items():
             patches.enter_context(mock.patch.object(train_sdxl, name, other))
         teacher = PretendedTeacher(args, pipe, family, schedule, latent)
-        run = Run(args=args, out=SimpleNamespace(path=Path(folder)), teacher=teacher, stop=False,
+        run = Run(args=args, out=SimpleNamespace(path=Path(folder)), teacher=teacher, stop=None,
                   stages=train_sdxl.stages_of(args, family), checkpoint=None, reached=None,
                   show=None)
         found.draw(run)
@@ -194,7 +193,7 @@ def main():
     args = SimpleNamespace(**json.load(sys.stdin))
     args.warm_heads = False                     # there is no ADP to take them from
     families = of_medium(medium)
-    pipe = load_pipeline(args, families, embedded.of_medium(medium)[0].folder, hollow="all")
+    pipe = load_pipeline(args, families, hollow="all")
     stages = in_fork(simulate, args, pipe, families[type(pipe).__name__], args.dry_run)
     print(json.dumps(stages))
 

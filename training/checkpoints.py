@@ -200,7 +200,9 @@ def checkpoint_to_resume(args, out, stages):
     for stage in reversed(stages):
         newest = newest or newest_checkpoint(out.path / "checkpoints", stage)
     if args.resume == "auto":
-        return newest, newest.name.split("-")[0] if newest else None
+        if newest is None:
+            return None, None
+        return newest, newest.name.split("-")[0]
     found = verify(args.resume)
     reached = found.get("stage")
     if reached not in stages:

@@ -48,9 +48,8 @@ def one_line(error):
     if isinstance(error, Failure):
         return str(error)
     if is_out_of_memory(error):
-        reason = str(error).strip().split("\n")[0]
-        return (f"out of memory ({reason}); give a smaller --batch-size (a larger --accumulate "
-                f"makes up for it), --grad-checkpointing or --cpu-offload")
+        return (f"out of memory ({reason_of(error)}); give a smaller --batch-size (a larger "
+                f"--accumulate makes up for it), --grad-checkpointing or --cpu-offload")
     if is_lost_peer(error):
         return ("another rank has ended, and this one cannot go on alone; start all of them again "
                 "with --resume auto")
@@ -60,6 +59,11 @@ def one_line(error):
     where = f"{error.filename}: " if getattr(error, "filename", None) else ""
     return (f"{where}{os.strerror(number)}; {cure_of(error)} and start again (a run: with "
             f"--resume auto)")
+
+
+def reason_of(error):
+    """An error's first line, or its class where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def is_out_of_memory(error):

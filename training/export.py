@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from training.checkpoints import newest_checkpoint
-from training.errors import Failure, cure_of, first_not_finite, is_out_of_memory, number_of
+from training.errors import (
+    Failure, cure_of, first_not_finite, is_out_of_memory, number_of, reason_of)
 from training.folders import read_json, remove, sync, verify
 from training.loading import SAFE, left_out, load_pipeline
 from training.lora import Lora
@@ -46,7 +47,7 @@ def refuse_without_callback(args, family):
 
 # ---------------------------------------------------------------------------------------- to export
 
-def export(run, families, default, experts, schedule, weights):
+def export(run, families, experts, schedule, weights):
     """Write export/, all or nothing: under another name, which is then changed. weights: of each
     expert, {name: tensor}; of a LoRA's none. Raises Failure where it cannot be written, or where
     the student has weights that are not finite."""
@@ -58,7 +59,7 @@ def export(run, families, default, experts, schedule, weights):
             raise Failure(f"{folder}: the student's {wrong} is not finite, so nothing was exported")
     shutil.rmtree(tmp, ignore_errors=True)
     try:
-        write_pipeline(run, families, default, experts, schedule, weights, tmp)
+        write_pipeline(run, families, experts, schedule, weights, tmp)
         for file in tmp.rglob("*"):
             sync(file)
         remove(folder)
@@ -72,14 +73,14 @@ def export(run, families, default, experts, schedule, weights):
                       f"auto") from e
 
 
-def write_pipeline(run, families, default, experts, schedule, weights, folder):
+def write_pipeline(run, families, experts, schedule, weights, folder):
     """The student as a pipeline, and its model card, into a folder.
 
     Further experts lie beside the first (unet_2, ...), or where the pipeline itself has a second
     network (Wan 2.2), and experts.json has their boundaries. LoRAs also go to lora/.
     """
     args, teacher, family = run.args, run.teacher, run.teacher.family
-    pipe = load_pipeline(args, families, default)       # anew: the run freed its text encoders, and
+    pipe = load_pipeline(args, families)        # anew: the run freed its text encoders, and
     students = []                                       # may have kept bf16
     for k, (expert, values) in enumerate(zip(experts, weights), 1):
         if hasattr(expert.net, "units"):
@@ -113,7 +114,7 @@ def write_pipeline(run, families, default, experts, schedule, weights, folder):
                  boundaries=boundaries, call=call)
     if len(experts) > 1:
         (folder / "experts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    missing = left_out(args, str(args.model or default), family.pipeline)
+    missing = left_out(args.model, family.pipeline, args.no_t5)
     network = type(getattr(pipe, family.network)).__name__
     card = model_card(run, folder.with_suffix(""), missing, network, facts)
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -193,7 +194,7 @@ def model_card(run, folder, missing, network, facts):
                   f"    return kwargs\n")
         callback = ", callback_on_step_end=switch"
     result, save = RESULT[family.medium]
-    model = printable(args.model or "the embedded teacher").replace("`", "'")
+    model = printable(args.model).replace("`", "'")
     own_guidance = "" if args.cfg_student is None else ", and the student takes its own besides"
     return f"""---
 library_name: diffusers
@@ -228,19 +229,12 @@ def load_student(folder, dtype=torch.float32):
         pipe.to(dtype)
         if switches:
             call["callback_on_step_end"] = expert_switch(pipe, folder, index, dtype)
-    except Failure as e:
-        raise not_exported(folder, e) from e
     except Exception as e:                              # every library has its own
         if is_out_of_memory(e):
             raise
-        raise not_exported(folder, str(e) or type(e).__name__) from e
+        raise Failure(f"{folder}: not an exported student; give the export/ folder of a finished "
+                      f"run ({reason_of(e)})") from e
     return pipe, call
-
-
-def not_exported(folder, reason):
-    reason = str(reason).split("\n")[0]
-    return Failure(f"{folder}: not an exported student; give the export/ folder of a finished run "
-                   f"({reason})")
 
 
 def expert_switch(pipe, folder, index, dtype):

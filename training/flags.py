@@ -244,6 +244,7 @@ def parse(doc, families, embedded):
     if family is not None and family.always:
         p.set_defaults(**family.always)
     args, unknown = p.parse_known_args()
+    args.model = args.model or str(teacher.folder)
     if args.iterations is not None:
         args.iterations_adp = args.iterations_adm = args.iterations_phase = args.iterations
     wrong = problems(args, unknown, teacher)

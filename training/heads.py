@@ -72,24 +72,26 @@ def refuse_without_heads(args, out, stages, reached):
     """Raises Failure where --warm-heads has no ADP to start from: found before any model is
     loaded."""
     starts_with_adm = stages[:1] == ["adm"] and reached != "adm"
-    if args.warm_heads and starts_with_adm:
-        finished_adp(out)
+    if not (args.warm_heads and starts_with_adm):
+        return
+    if newest_checkpoint(out.path / "checkpoints", "adp") is None:
+        raise no_adp(out)
 
 
-def finished_adp(out):
-    """The newest checkpoint of ADP in --out. Raises Failure if there is none."""
-    path = newest_checkpoint(out.path / "checkpoints", "adp")
-    if path is None:
-        raise Failure(f"--warm-heads: no checkpoint of ADP in {out.path}/checkpoints to take the "
-                      f"heads from; run --stage adp first, or give --no-warm-heads")
-    return path
+def no_adp(out):
+    return Failure(f"--warm-heads: no checkpoint of ADP in {out.path}/checkpoints to take the "
+                   f"heads from; run --stage adp first, or give --no-warm-heads")
 
 
-def load_warm_heads(args, out, facts, heads):
+def load_warm_heads(run, facts, heads):
     """Let ADM's heads start as those of ADP's latent discriminator. facts: what ADP's checkpoint
     must agree in. Raises Failure if there is none, or ADP is not finished there."""
-    path = finished_adp(out)
+    path = newest_checkpoint(run.out.path / "checkpoints", "adp")
+    if path is None and run.reached == "adp":
+        path = run.checkpoint               # finished in another --out
+    if path is None:
+        raise no_adp(run.out)
     facts = {name: value for name, value in facts.items() if name != "after_adp"}
-    if load_checkpoint(path, facts, dict(heads=heads), ())["iteration"] < args.iterations_adp:
+    if load_checkpoint(path, facts, dict(heads=heads), ())["iteration"] < run.args.iterations_adp:
         raise Failure(f"--warm-heads: ADP is not finished in {path}; finish it with --stage adp "
                       f"--resume auto, or give its length as --iterations-adp")

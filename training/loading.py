@@ -3,7 +3,8 @@ import warnings
 
 import torch
 
-from training.errors import Failure, first_not_finite, is_out_of_memory, none_missing
+from training.errors import (
+    Failure, first_not_finite, is_out_of_memory, none_missing, reason_of)
 from training.model_index import classes_in, missing_components, read_config, read_index
 from training.ranks import quiet
 
@@ -29,32 +30,31 @@ def pipeline_class(path, families):
     return kind
 
 
-def left_out(args, path, kind):
-    """Names of optional components that this run, or the pipeline's own directory, does without:
-    SD3's T5."""
+def left_out(path, kind, no_t5=False):
+    """Names of optional components that this run (--no-t5), or the pipeline's own directory, does
+    without: SD3's T5."""
     if kind != "StableDiffusion3Pipeline":
         return []
     there = classes_in(pipeline_config(path))
-    return [name for name in OPTIONAL if args.no_t5 or name not in there]
+    return [name for name in OPTIONAL if no_t5 or name not in there]
 
 
-def load_pipeline(args, families, default, hollow=None, dtype=torch.float32):
+def load_pipeline(args, families, hollow=None, dtype=torch.float32):
     """The pipeline of --model, frozen, on the host. dtype: of its weights, as they are read: each
     rank reads them all.
 
-    default: its path where --model is not given.
     hollow: "network" for a rank that gets its part of the weights from rank 0: no text encoders,
     and no weights in the network. "all", for a dry run: none in the VAE either. None: all of it.
     Raises Failure if there is no such pipeline, or not a whole one.
     """
     quiet()                                                     # before the imports, which print
     import diffusers
-    path = str(args.model or default)
+    path = args.model
     kind = pipeline_class(path, families)
     index = pipeline_config(path)
     needed = ("vae", "scheduler", "tokenizer", "text_encoder", families[kind].network)
     missing_components(path, index, needed, OPTIONAL, f"--model {path}")
-    given = {name: None for name in left_out(args, path, kind)}
+    given = {name: None for name in left_out(path, kind, args.no_t5)}
     classes = {name: c for name, c in classes_in(index).items() if name not in given}
     extra = dict(add_watermarker=False) if "XL" in kind else {}
     try:
@@ -71,9 +71,8 @@ def load_pipeline(args, families, default, hollow=None, dtype=torch.float32):
     except Exception as e:                                      # every library has its own
         if is_out_of_memory(e):
             raise
-        reason = (str(e) or type(e).__name__).split("\n")[0]
-        raise Failure(f"--model {path}: not a whole pipeline of safetensors ({reason}); download "
-                      f"it again") from e
+        raise Failure(f"--model {path}: not a whole pipeline of safetensors ({reason_of(e)}); "
+                      f"download it again") from e
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval()

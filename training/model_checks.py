@@ -1,6 +1,6 @@
 """What a teacher's configuration may say: each number in it is asked once, where the teacher is
 made. What is wrong is one line that names --model."""
-from training.errors import Failure
+from training.errors import Failure, reason_of
 
 LARGEST = 16384                 # pixels of a side
 MOST_VALUES = 2**31             # of a latent
@@ -32,9 +32,8 @@ def schedule_of(family, pipe, latent, args):
     try:
         schedule = family.schedule(pipe, latent)
     except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError, RuntimeError) as e:
-        reason = (str(e) or type(e).__name__).split("\n")[0]
         raise Failure(f"{named(args)}: its scheduler's config is none that can be trained on "
-                      f"({reason}); download it again") from e
+                      f"({reason_of(e)}); download it again") from e
     if not (schedule.alpha.isfinite().all() and schedule.sigma.isfinite().all()):
         raise Failure(f"{named(args)}: its scheduler's table is not finite; download it again")
     for name in ("steps", "pair_steps"):

@@ -52,7 +52,7 @@ def collect_pairs(args, out, teacher, stop):
         short = {k: rows for k, rows in zip(numbers, there) if rows < rows_of(args, k)}
         if short and not collect_round(args, paths, teacher, sampler, first, short, stop):
             return False
-        if stop:                                                # asked of all ranks together
+        if stop.asked_of_any_rank():
             return False
     return True
 
@@ -63,7 +63,6 @@ def collect_round(args, paths, teacher, sampler, first, short, stop):
     the bytes are the same."""
     number = first + sample_ranks(args)[0]
     is_mine = number in short
-    all_ranks_draw = bool(teacher.fsdp) or args.context_parallel > 1    # each pass needs them all
     size = 2 * args.batch_size
     begin = min(short.values()) // size * size
     shard = None
@@ -73,9 +72,9 @@ def collect_round(args, paths, teacher, sampler, first, short, stop):
     is_stopped = False
     for start in range(begin, rows_of(args, first), size):
         rows = range(start, min(start + size, rows_of(args, first)))
-        if is_mine or all_ranks_draw:
+        if is_mine or teacher.ranks_draw_together:
             shard = joined(shard, draw_pairs(args, teacher, sampler, number, rows))
-        is_stopped = bool(stop)                                 # asked of all ranks together
+        is_stopped = stop.asked_of_any_rank()
         if is_stopped:
             break
     if is_mine and world()[0] % args.context_parallel == 0:

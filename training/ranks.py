@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from training.errors import AT_ONCE, Failure
+from training.errors import AT_ONCE, Failure, reason_of
 from training.terminal import complain_at_once, tell, warn
 
 HOURS = 6                       # ranks may wait that long: one alone embeds all prompts
@@ -79,8 +79,8 @@ def meet(backend):
         # a rank that fails right after this line would break the rendezvous of those still in it
         barrier()
     except (RuntimeError, ValueError) as e:
-        reason = str(e).split("\n")[0]
-        raise Failure(f"the {ranks} ranks of WORLD_SIZE cannot meet ({reason}); {TORCHRUN}") from e
+        raise Failure(f"the {ranks} ranks of WORLD_SIZE cannot meet ({reason_of(e)}); "
+                      f"{TORCHRUN}") from e
     finally:
         patience.cancel()
 
@@ -126,8 +126,6 @@ class StopSignal:
 
     torchrun passes the first on to all ranks, and kills those that are not gone 30 s later: its
     --shutdown-timeout SECONDS (torch 2.13) should be longer than an iteration and a checkpoint.
-
-    bool(stop): has any rank been asked to stop? All ranks must ask together.
     """
 
     def __init__(self):
@@ -155,6 +153,7 @@ class StopSignal:
         self.is_armed = True
         complain_at_once("stopping after this iteration; once more to stop at once")
 
-    def __bool__(self):
+    def asked_of_any_rank(self):
+        """Has any rank been asked to stop? All ranks must ask this together."""
         self.asked = any_rank(self.asked)
         return self.asked

@@ -47,12 +47,11 @@ def pictures(args, out, teacher):
         schedule, w = teacher.schedule, args.pair_guidance
         full = teacher.sampler(schedule.stops(args.pair_steps), w, order=2)
         few = teacher.sampler(schedule.stops(args.steps), w)
-        rows[f"teacher, {args.pair_steps} steps"] = draw(full)
+        rows[f"teacher, {args.pair_steps} second-order steps"] = draw(full)
         rows[f"teacher, {in_words(args.steps)}"] = draw(few)
 
     def show(file, experts, schedule):
-        is_needed = args.context_parallel > 1 or teacher.fsdp   # ranks that draw together
-        if world()[0] != 0 and not is_needed:
+        if world()[0] != 0 and not teacher.ranks_draw_together:
             return None
         if not rows:
             teacher_rows()

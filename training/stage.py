@@ -65,7 +65,7 @@ def follow(run, stage, losses_of_steps, start):
         i = losses["iteration"]
         run.done[stage.name] = i
         is_last = i == stage.iterations
-        is_stopping = bool(run.stop)
+        is_stopping = run.stop.asked_of_any_rank()
         first.rate = rate_at(args, full_rate, i, stage)
         if world()[0] == 0:
             if bar is None:

@@ -33,13 +33,15 @@ class Teacher:
     prompts: what is trained on. look_at: what is only drawn, numbered on after the prompts.
     facts: what pairs and checkpoints of this teacher are marked with.
     fsdp: fully_shard's arguments, or None.
+    ranks_draw_together: each pass through the network needs all ranks.
     The text encoders are freed once the prompts are embedded.
     """
 
-    def __init__(self, args, out, prompts, look_at, device, families, default):
+    def __init__(self, args, out, prompts, look_at, device, families):
         self.fsdp = fsdp_arguments(args.fsdp, args.cpu_offload, args.bf16, device)
+        self.ranks_draw_together = bool(self.fsdp) or args.context_parallel > 1
         is_hollow = self.fsdp and world()[0] != 0
-        pipe = load_pipeline(args, families, default, hollow="network" if is_hollow else None,
+        pipe = load_pipeline(args, families, hollow="network" if is_hollow else None,
                              dtype=torch.bfloat16 if args.bf16 else torch.float32)
         self.family = families[type(pipe).__name__]
         self.prompts = prompts
@@ -98,7 +100,7 @@ class Teacher:
         jobs = embedding_files(out.path / "prompts", self.prompts, self.look_at)
         mine = []
         for number, job in enumerate(jobs):
-            if number % ranks == rank and not job.path.exists() and not (self.fsdp and rank):
+            if number % ranks == rank and not job.path.exists():
                 mine.append(job)
         for name, part in pipe.components.items():
             if mine and name.startswith("text_encoder") and part is not None:

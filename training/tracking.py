@@ -8,7 +8,7 @@ import importlib.util
 import os
 import secrets
 
-from training.errors import Failure
+from training.errors import Failure, reason_of
 from training.ranks import world
 from training.terminal import warn
 
@@ -82,11 +82,6 @@ class Report:
         except Exception as e:                  # the libraries' errors have no class in common
             warn(f"--report-to {self.tracker.name}: {reason_of(e)}; training goes on without it")
             self.tracker = None
-
-
-def reason_of(error):
-    """An error's first line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def report_of(args, out, stages):
