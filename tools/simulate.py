@@ -24,7 +24,8 @@ from families.family import of_medium
 from ode import Schedule
 from tools.passes import blank_prompt
 from training.loading import load_pipeline
-from training.networks import decode_in_bf16, place, recompute_activations, tensors_to
+from training.networks import (
+    decode_in_bf16, place, recompute_activations, tensors_to, units_of)
 from training.pairs import draw_pairs
 from training.sharding import fsdp_arguments
 from training.stage import Run
@@ -64,7 +65,7 @@ class PretendedTeacher(Teacher):
         self.device = DEVICE
         self.tokens = args.text_tokens
         self.net = family.net_of(pipe)
-        self.units = getattr(self.net, "units", [self.net])
+        self.units = units_of(self.net)
         self.backbone = self.units[-1]
         self.latent = latent
         self.shape = latent.shape

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from training.terminal import complain, unbreakable_streams
 
-AT_ONCE = "stopped at once; checkpoints already written are whole"
+STOPPED_AT_ONCE = "stopped at once; checkpoints already written are whole"
 
 
 class Failure(Exception):
@@ -122,7 +122,7 @@ def run_main(main):
     try:
         return main()
     except KeyboardInterrupt:
-        line = AT_ONCE
+        line = STOPPED_AT_ONCE
         first = first_to_fail()
     except Exception as error:
         line = one_line(error)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from training.errors import AT_ONCE, Failure, reason_of
+from training.errors import STOPPED_AT_ONCE, Failure, reason_of
 from training.terminal import complain_at_once, tell, warn
 
 HOURS = 6                       # ranks may wait that long: one alone embeds all prompts
@@ -147,7 +147,7 @@ class StopSignal:
         if self.is_armed:
             # not by an exception: a library in the middle of a call may turn it into its own
             if world()[0] == 0:             # torchrun signals all ranks
-                complain_at_once(f"{Path(sys.argv[0]).name}: {AT_ONCE}")
+                complain_at_once(f"{Path(sys.argv[0]).name}: {STOPPED_AT_ONCE}")
             os._exit(1)
         self.asked = True
         self.is_armed = True

@@ -10,13 +10,14 @@ from training.errors import Failure, first_not_finite
 from training.folders import open_tensors, write_folder
 from training.loading import load_pipeline
 from training.model_checks import clamp_tokenizers, latent_of, schedule_of
-from training.networks import decode_in_bf16, place, recompute_activations, tensors_to
+from training.networks import (
+    decode_in_bf16, place, recompute_activations, tensors_to, units_of)
 from training.ranks import barrier, broadcast, world
 from training.sharding import fsdp_arguments
 from training.terminal import warn
 
 SHARD = 256                     # prompts, or pairs, in a file
-AT_ONCE = 2**20                 # pixels of pictures that are decoded together
+PIXELS_AT_ONCE = 2**20          # of the pictures that are decoded together
 
 
 def text_arguments(args):
@@ -49,7 +50,7 @@ class Teacher:
         self.device = device
         self.vae = pipe.vae.to(device)
         self.net = self.family.net_of(pipe)
-        self.units = getattr(self.net, "units", [self.net])
+        self.units = units_of(self.net)
         self.backbone = self.units[-1]
         self.latent = latent_of(self.family, pipe, self.net, args)
         self.shape = self.latent.shape
@@ -201,9 +202,9 @@ class Teacher:
 
     @torch.no_grad()
     def images(self, x0):
-        """The same on the host, of any number of latents: as many at once as have AT_ONCE pixels,
-        since a decoder takes 2 GiB for a megapixel, and 25 for a video of CogVideoX."""
-        batch = min(8, max(1, AT_ONCE // (self.latent.height * self.latent.width)))
+        """The same on the host, of any number of latents: PIXELS_AT_ONCE, since a decoder takes
+        2 GiB for a megapixel, and 25 for a video of CogVideoX."""
+        batch = min(8, max(1, PIXELS_AT_ONCE // (self.latent.height * self.latent.width)))
         if self.family.medium == "video":
             batch = 1
         return torch.cat([self.decode(x.to(self.device)).cpu() for x in x0.split(batch)])
