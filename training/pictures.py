@@ -44,7 +44,7 @@ def grid(path, samples, captions):
             pixels = ((image.float() + 1) / 2).clamp(0, 1)                      # [3,H,W]
             ax.imshow(pixels.permute(1, 2, 0).cpu())
             ax.set(xticks=[], yticks=[])
-        line[0].set_ylabel(label, fontsize=9)
+        line[0].set_ylabel("\n".join(textwrap.wrap(label, 20)), fontsize=9)
     for ax, caption in zip(axes[0], captions):
         title = "\n".join(textwrap.wrap(caption, 24)[:3])
         ax.set_title(title, fontsize=7, parse_math=False)       # a prompt may have dollars in it
