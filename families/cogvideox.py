@@ -3,6 +3,7 @@
 from discriminators import Taps, to_grid
 from families.family import ATTENTION, Family, Latent, video_problems
 from training.context_parallel import context_parallel
+from training.errors import Failure
 
 
 def encode(pipe, prompts, latent, device, empty=True, **text):
@@ -17,6 +18,10 @@ def latent(pipe, net, args):
     """1.5 looks at pairs of latent frames: to an odd number its pipeline adds one in front, which
     is not decoded."""
     config, space = net.config, pipe.vae_scale_factor_spatial
+    places = config.max_text_seq_length
+    if not config.use_rotary_positional_embeddings and args.text_tokens not in (None, places):
+        raise Failure(f"--text-tokens {args.text_tokens}: {args.model} has places for {places} "
+                      f"tokens, no more and no fewer; leave it out")
     height = args.height or config.sample_height * space
     width = args.width or config.sample_width * space
     frames = ((args.frames or config.sample_frames) - 1) // pipe.vae_scale_factor_temporal + 1

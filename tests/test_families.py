@@ -268,6 +268,11 @@ def test_bad_usage(family, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_cogvideox_without_rotary_embeddings_reads_prompts_of_one_length(tmp_path):
+    failed(Run(ROOT / VIDEOS, "--text-tokens", "5", "--out", tmp_path / "out").wait(), 1,
+           "--text-tokens 5", "places for 8 tokens", "leave it out")
+
+
 # -------------------------------------------------------------------------- context parallelism
 
 SHARED = """
