@@ -2,6 +2,8 @@
 that no tracker can end a run. Neither tensorboard nor wandb is installed here: a small tracker of
 accelerate's own kind records the calls, and small modules stand in for the libraries."""
 import json
+import os
+import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from accelerate.tracking import GeneralTracker
 
-from cli import NEVER, Run, failed, succeeded
+from cli import NEVER, ROOT, Run, failed, succeeded
 from families.family import of_medium
 from sdxl import command
 from teachers import embedded
@@ -97,6 +99,16 @@ def test_pictures_are_told_as_pixels(tmp_path, no_checkpoints):
     assert shape[0] == 1 and min(shape[1:3]) > 50 and shape[3] == 3
     Report(recorder).picture("adm", 26, tmp_path / "lost.png")
     assert len(recorder.told) == 1
+
+
+def test_a_sheet_of_videos_takes_any_caption(tmp_path):
+    """Dollars are no formula there either; and in a notebook the backend is one nobody knows."""
+    code = ("import sys, torch; from training.pictures import contact_sheet; "
+            "contact_sheet(sys.argv[1], {'teacher, 2 steps': torch.zeros(1, 3, 4, 8, 8)}, "
+            "['cash $$ in the hat'])")
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "sheet.png"], cwd=ROOT,
+                          env=dict(os.environ, MPLBACKEND="module://nobody.knows"))
+    assert done.returncode == 0 and (tmp_path / "sheet.png").exists()
 
 
 def test_half_a_picture_is_one_warning(tmp_path, capfd):

@@ -1,5 +1,6 @@
 """Pictures of a run: sheets of samples, and the curves of its losses."""
 import json
+import os
 import textwrap
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +12,7 @@ from training.terminal import warn
 
 def pyplot():
     """matplotlib's pyplot, without a screen."""
+    os.environ["MPLBACKEND"] = "Agg"        # a notebook's own ends the import of a child of it
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -44,7 +46,8 @@ def grid(path, samples, captions):
             pixels = ((image.float() + 1) / 2).clamp(0, 1)                      # [3,H,W]
             ax.imshow(pixels.permute(1, 2, 0).cpu())
             ax.set(xticks=[], yticks=[])
-        line[0].set_ylabel("\n".join(textwrap.wrap(label, 20)), fontsize=9)
+        wrapped = "\n".join(textwrap.fill(part, 20) for part in label.splitlines())
+        line[0].set_ylabel(wrapped, fontsize=9, parse_math=False)
     for ax, caption in zip(axes[0], captions):
         title = "\n".join(textwrap.wrap(caption, 24)[:3])
         ax.set_title(title, fontsize=7, parse_math=False)       # a prompt may have dollars in it

@@ -103,7 +103,7 @@ def cure_of_divergence(run):
             return f"go on from {path} with --resume auto and a lower learning rate"
         return (f"delete {path}, whose weights lead there, then --resume auto with a lower "
                 f"learning rate")
-    return "delete --out and start again with a lower learning rate"
+    return "no checkpoint is there yet; go on with --resume auto and a lower learning rate"
 
 
 def rate_at(args, full_rate, iteration, stage):
