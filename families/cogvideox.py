@@ -16,7 +16,7 @@ def encode(pipe, prompts, latent, device, empty=True, **text):
 
 def latent(pipe, net, args):
     """1.5 looks at pairs of latent frames: to an odd number its pipeline adds one in front, which
-    is not decoded."""
+    is not decoded. Raises Failure for --text-tokens that the network has no places for."""
     config, space = net.config, pipe.vae_scale_factor_spatial
     places = config.max_text_seq_length
     if not config.use_rotary_positional_embeddings and args.text_tokens not in (None, places):
