@@ -259,16 +259,15 @@ def distil(run, families, shipped):
     if wrong:
         raise Failure(f"the student's {wrong} are not finite, so nothing was exported; look at its "
                       f"losses in {out.path}/metrics.jsonl")
-    table = {}
-    if shipped and (teacher.ranks_draw_together or world()[0] == 0):
-        table = report_of_student(shipped, run, experts, schedule)
     weights = [{} if isinstance(expert.net, Lora) else on_rank_0(expert.net.state_dict())
                for expert in experts]
     if world()[0] == 0:
-        curves(out)
         write_folder(out.path / "samples", {"samples.safetensors": samples}, teacher.facts)
         export(run, families, experts, schedule, weights)
-    return table
+        curves(out)
+    if shipped and (teacher.ranks_draw_together or world()[0] == 0):
+        return report_of_student(shipped, run, experts, schedule)
+    return {}
 
 
 def main(doc, medium):

@@ -33,7 +33,9 @@ from lesson.glyphs import SCHEDULE, SHARES, measure, pages, shipped_teacher
 from lesson.rows import Job, kept_pairs, load_student, pairs_job, run_jobs, student_pages
 from lesson.students import Setting
 from training.draws import stream
+from training.errors import run_main
 from training.pictures import pyplot
+from training.scripts import a_count, a_factor, a_seed, folder_for
 
 ROW_OF = {"a1": "A1", "adp": "A5", "adm": "B1", "dmd": "B2", "adp_dmd": "B3", "dmdx": "B4"}
 LABELS = {
@@ -52,21 +54,17 @@ COLUMNS = ("cell", "page", "tv", "diversity", "seconds")
 def parse():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=a_seed, default=0)
     p.add_argument("--out", type=Path, default=Path("out/adm"),
                    help="folder for the picture, result.json and the students")
-    p.add_argument("--scale", type=float, default=1.0,
+    p.add_argument("--scale", type=a_factor, default=1.0,
                    help="all iterations and pairs times this, for a quick look")
     p.add_argument("--dt", type=int, default=Setting().dt, metavar="TIMES",
                    help="how far below t ADM's discriminator looks, of T = 1000 times")
-    p.add_argument("--processes", type=int, default=2, help="students at a time, a thread each")
+    p.add_argument("--processes", type=a_count, default=2, help="students at a time, a thread each")
     args = p.parse_args()
-    if args.seed < 0:
-        p.error(f"--seed {args.seed}: must be 0 or above")
     if not 1 <= args.dt <= SCHEDULE.T:
         p.error(f"--dt {args.dt}: must be 1 to {SCHEDULE.T}")
-    if args.scale <= 0 or args.processes < 1:
-        p.error("--scale and --processes must be above 0")
     return args
 
 
@@ -126,7 +124,7 @@ def main():
     args = parse()
     torch.set_num_threads(1)
     began = time.time()
-    args.out.mkdir(parents=True, exist_ok=True)
+    folder_for(args.out)
     setting = replace(Setting().scaled(args.scale), dt=args.dt)
     students = train_all(args, setting)
 
@@ -147,4 +145,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -23,6 +23,7 @@ from teachers import shapes
 from training.draws import stream
 from training.errors import run_main
 from training.pictures import grid, pyplot
+from training.scripts import folder_for
 
 SEED = 0
 CAPTIONS = ["a large red circle on blue", "a small yellow triangle on green"]
@@ -96,10 +97,8 @@ def main():
     p.add_argument("--pictures", type=Path, default=Path("out/chapters"),
                    help="folder for the pictures")
     args = p.parse_args()
-    if args.processes < 1 or args.scale <= 0:
-        p.error("--processes and --scale must be above 0")
     torch.set_num_threads(1)
-    args.pictures.mkdir(parents=True, exist_ok=True)
+    folder_for(args.pictures, "--pictures")
     setting = Setting().scaled(args.scale)
     run_jobs(args.out, [pairs_job(SEED, setting), Job("A1", SEED, setting),
                         Job("SGTS", SEED, setting)], args.processes)

@@ -27,6 +27,7 @@ from lesson.students import Setting
 from lesson.tables import smooth
 from training.errors import run_main
 from training.pictures import pyplot
+from training.scripts import a_seed, folder_for
 
 STILL = "B4-still"
 
@@ -93,18 +94,16 @@ def save_picture(path, out, seed):
 def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=a_seed, default=0)
     add_run_flags(p)
     p.add_argument("--results", type=Path,
                    help="where figures and picture go (default: lesson/results, and for another "
                         "scale OUT)")
     args = p.parse_args()
-    if args.processes < 1 or args.scale <= 0 or args.seed < 0:
-        p.error("--processes and --scale must be above 0, --seed 0 or above")
     torch.set_num_threads(1)
     began = time.time()
     results = args.results or (RESULTS if args.scale == 1 else args.out)
-    results.mkdir(parents=True, exist_ok=True)
+    folder_for(results, "--results")
     run_jobs(args.out, jobs_of(args.seed, Setting().scaled(args.scale)), args.processes)
     facts = {}
     for name, failure in FAILURES.items():

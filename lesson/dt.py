@@ -25,6 +25,7 @@ from lesson.students import Setting
 from lesson.tables import cell, smooth
 from training.errors import run_main
 from training.pictures import pyplot
+from training.scripts import a_seed, folder_for
 
 FRACTIONS = (64, 16, 6, 3)                      # dt = T / these
 WITH_ADP = {"B4": "ADP, then ADM", "B1": "ADM without ADP"}
@@ -111,14 +112,12 @@ def save_picture(path, out, seeds, setting, figures):
 def parse():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    p.add_argument("--seeds", nargs="+", type=a_seed, default=[0, 1, 2])
     add_run_flags(p)
     p.add_argument("--results", type=Path,
                    help="where figures and picture go (default: lesson/results, and for another "
                         "scale OUT)")
     args = p.parse_args()
-    if args.processes < 1 or args.scale <= 0 or min(args.seeds) < 0:
-        p.error("--processes and --scale must be above 0, --seeds 0 or above")
     if args.results is None:
         args.results = RESULTS if args.scale == 1 else args.out
     return args
@@ -128,7 +127,7 @@ def main():
     args = parse()
     torch.set_num_threads(1)
     began = time.time()
-    args.results.mkdir(parents=True, exist_ok=True)
+    folder_for(args.results, "--results")
     setting = Setting().scaled(args.scale)
     run_jobs(args.out, jobs_of(args.seeds, setting), args.processes)
     figures = figures_of(args.out, args.seeds, setting)

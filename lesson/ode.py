@@ -12,14 +12,15 @@ error. Twice as many steps halve it at first order, and leave a quarter at secon
 import argparse
 import json
 import math
-from pathlib import Path
 
 import torch
 
 from lesson.worlds import Mixture
 from ode import Schedule, sample
+from training.errors import run_main
 from training.pictures import pyplot
 from training.schedules import from_diffusers
+from training.scripts import a_seed, folder_for
 
 STEPS = [10, 20, 25, 40, 50, 100, 125, 200]
 SOLVERS = {1: "DDIM/Euler", 2: "multistep"}
@@ -114,10 +115,9 @@ def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", default="out/ode", help="folder for the picture and result.json")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=a_seed, default=0)
     args = p.parse_args()
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = folder_for(args.out)
 
     data = Mixture.ring(std=0.5)
     data.means = data.means.double()
@@ -139,4 +139,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

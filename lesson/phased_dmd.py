@@ -12,7 +12,6 @@ import argparse
 import json
 import time
 from copy import deepcopy
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -23,7 +22,9 @@ from lesson.worlds import Mixture, closed_form_teacher, share_error, tv_and_prec
 from ode import Schedule, network_output, sample
 from phased_dmd import Expert, cut_into_phases, generate, phased_dmd, renoise, subinterval_loss
 from training.draws import Draws
+from training.errors import run_main
 from training.pictures import pyplot
+from training.scripts import a_count, a_factor, a_seed, folder_for
 
 # --------------------------------------------------------------------------- the toy, one dimension
 
@@ -206,17 +207,14 @@ RING_LABELS = {
 def parse():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=a_seed, default=0)
     p.add_argument("--out", default="out/phased_dmd", help="folder for the picture and result.json")
-    p.add_argument("--iterations", type=int, default=300,
+    p.add_argument("--iterations", type=a_count, default=300,
                    help="generator steps of a ring student; everything else scales along")
-    p.add_argument("--lr", type=float, default=5e-4, help="of the ring students")
-    p.add_argument("--samples", type=int, default=50_000,
+    p.add_argument("--lr", type=a_factor, default=5e-4, help="of the ring students")
+    p.add_argument("--samples", type=a_count, default=50_000,
                    help="drawn of each for table and picture")
-    args = p.parse_args()
-    if min(args.iterations, args.samples) < 1:
-        p.error("--iterations and --samples must be above 0")
-    return args
+    return p.parse_args()
 
 
 def print_toy(errors):
@@ -255,8 +253,7 @@ def save_picture(path, errors, paths, samples, result):
 def main():
     args = parse()
     began = time.time()
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = folder_for(args.out)
     errors, paths = toy(args.seed, max(1, args.iterations * 5 // 3))
     print_toy(errors)
 
@@ -275,4 +272,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -22,7 +22,6 @@ import json
 import math
 import time
 from copy import deepcopy
-from pathlib import Path
 
 import torch
 
@@ -32,7 +31,9 @@ from lesson.worlds import (WORLDS, Fourier, NetTaps, closed_form_teacher, mlp_he
                            shares, tv_and_precision)
 from ode import Schedule, sample
 from training.draws import Draws
+from training.errors import run_main
 from training.pictures import pyplot
+from training.scripts import a_count, a_seed, folder_for
 
 LABELS = {
     "data": "data",
@@ -149,22 +150,18 @@ def parse():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", choices=WORLDS, default="ring", help="a world of lesson/worlds.py")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=a_seed, default=0)
     p.add_argument("--out", default="out/ring", help="folder for the picture and result.json")
-    p.add_argument("--iterations", type=int, default=1500,
+    p.add_argument("--iterations", type=a_count, default=1500,
                    help="generator steps of ADP; A1, ADM and DMD get a third as many, the teacher "
                         "five thirds")
-    p.add_argument("--batch-size", type=int, default=256, help="samples a step")
+    p.add_argument("--batch-size", type=a_count, default=256, help="samples a step")
     p.add_argument("--dt", type=int, nargs="+", metavar="TIMES",
                    help="how far below t ADM's discriminator looks, of T = 1000 times; of several, "
                         "one is drawn an iteration (default: T/64, the paper's)")
-    p.add_argument("--samples", type=int, default=50_000,
+    p.add_argument("--samples", type=a_count, default=50_000,
                    help="drawn of each for table and picture")
     args = p.parse_args()
-    if args.batch_size < 1:
-        p.error(f"--batch-size {args.batch_size}: must be above 0")
-    if min(args.iterations, args.samples) < 1:
-        p.error("--iterations and --samples must be above 0")
     if args.dt is not None:
         if min(args.dt) < 1 or max(args.dt) > LINE.T:
             p.error(f"--dt {args.dt}: must be 1 to {LINE.T}")
@@ -199,8 +196,7 @@ def main():
     args = parse()
     torch.set_num_threads(1)                    # matrices this small are slower on two
     began = time.time()
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = folder_for(args.out)
 
     data = WORLDS[args.data]()
     reference = data.sample(args.samples, torch.Generator().manual_seed(args.seed))
@@ -228,4 +224,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

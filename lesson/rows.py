@@ -22,6 +22,7 @@ from lesson.students import (Setting, Student, World, teacher_pairs, train_a1, t
                              train_matching, train_phased)
 from phased_dmd import Expert, generate
 from training.draws import stream
+from training.scripts import a_count, a_factor
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -80,9 +81,9 @@ class Job(NamedTuple):
 
 def add_run_flags(p):
     """The flags of every script that trains and keeps students."""
-    p.add_argument("--scale", type=float, default=1.0,
+    p.add_argument("--scale", type=a_factor, default=1.0,
                    help="all iterations and pairs times this, for a quick look")
-    p.add_argument("--processes", type=int, default=2, help="students at a time, a thread each")
+    p.add_argument("--processes", type=a_count, default=2, help="students at a time, a thread each")
     p.add_argument("--out", type=Path, default=Path("out/tables"),
                    help="where the students are kept")
 

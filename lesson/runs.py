@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from training.errors import Failure
 from training.pictures import logged, losses_in
+from training.scripts import a_count, folder_for
 
 ROOT = Path(__file__).parents[1]                # of the repository
 HACKS = Path(__file__).parent / "hacks"
@@ -146,16 +147,11 @@ def parse_with_folders(p, out):
     """The command line of a script that makes runs -> (its flags, the folder where the runs are
     kept, that of the results), which are there then. p: its parser, with what flags it has of its
     own. out: the default of the first folder."""
-    p.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    p.add_argument("--jobs", type=a_count, default=2, help="runs at a time, one thread each")
     p.add_argument("--out", default=out, help="where the runs are kept")
     p.add_argument("--results", default=RESULTS, help="where figures and pictures go")
     args = p.parse_args()
-    if args.jobs < 1:
-        p.error("--jobs must be above 0")
-    folders = Path(args.out).resolve(), Path(args.results)
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
-    return args, *folders
+    return args, folder_for(args.out).resolve(), folder_for(args.results, "--results")
 
 
 # ------------------------------------------------------------------------------------ reading them

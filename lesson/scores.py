@@ -29,6 +29,7 @@ from ode import Schedule, predict
 from training.draws import stream
 from training.errors import run_main
 from training.pictures import pyplot
+from training.scripts import a_seed, folder_for
 
 SCHEDULE = Schedule.straight()
 DATA = Mixture.ring()
@@ -178,13 +179,11 @@ def main():
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, default=Path("out/scores"),
                    help="folder for the picture and result.json")
-    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the critics")
+    p.add_argument("--seeds", nargs="+", type=a_seed, default=[0, 1, 2], help="of the critics")
     args = p.parse_args()
-    if min(args.seeds) < 0:
-        p.error("--seeds must be 0 or above")
     torch.set_num_threads(1)
     began = time.time()
-    args.out.mkdir(parents=True, exist_ok=True)
+    folder_for(args.out)
     result, critics = {}, {}
     for fraction in FRACTIONS:
         found = dict(cosine=[], hinge=[])

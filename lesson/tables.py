@@ -29,6 +29,7 @@ from lesson.rows import (RESULTS, ROWS, Job, Row, add_run_flags, facts_of, kept_
 from lesson.students import Setting
 from training.errors import run_main
 from training.pictures import pyplot
+from training.scripts import a_seed, folder_for
 
 COLUMNS = ("cell", "page", "tv", "diversity", "seconds")
 TEACHER = Row("10 second-order steps: its pairs", None, 27.37)
@@ -109,14 +110,12 @@ def parse():
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW",
                    help="of the tables: " + ", ".join(ROWS))
-    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    p.add_argument("--seeds", nargs="+", type=a_seed, default=[0, 1, 2])
     add_run_flags(p)
     p.add_argument("--results", type=Path,
                    help="where figures and picture go (default: lesson/results, and for a part of "
                         "the rows, other seeds or another scale OUT)")
     args = p.parse_args()
-    if args.processes < 1 or args.scale <= 0 or min(args.seeds) < 0:
-        p.error("--processes and --scale must be above 0, --seeds 0 or above")
     complete = (args.rows == p.get_default("rows") and args.seeds == p.get_default("seeds")
                 and args.scale == 1)
     if args.results is None:
@@ -128,7 +127,7 @@ def main():
     args = parse()
     torch.set_num_threads(1)
     began = time.time()
-    args.results.mkdir(parents=True, exist_ok=True)
+    folder_for(args.results, "--results")
     setting = Setting().scaled(args.scale)
     run_jobs(args.out, jobs_of(args.rows, args.seeds, setting), args.processes)
     figures = figures_of(args.out, args.rows, args.seeds)

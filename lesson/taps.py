@@ -11,7 +11,6 @@ one drawing at three noise levels.
 """
 import argparse
 import json
-from pathlib import Path
 
 import torch
 
@@ -20,9 +19,11 @@ from families import sdxl
 from families.family import Latent
 from teachers.shapes import PX, draw, shipped_teacher
 from tools.released import released
+from training.errors import run_main
 from training.heads import tap_shapes
 from training.pictures import pyplot
 from training.schedules import from_diffusers
+from training.scripts import a_count, folder_for
 
 CAPTION = "a large red circle on blue"
 TIMES = (100, 400, 800)
@@ -85,13 +86,12 @@ def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", default="out/taps", help="folder for the picture and result.json")
-    p.add_argument("--hidden", type=int, default=256,
+    p.add_argument("--hidden", type=a_count, default=256,
                    help="channels inside a head (choice; the paper is silent)")
-    p.add_argument("--blocks", type=int, default=2,
+    p.add_argument("--blocks", type=a_count, default=2,
                    help="most stride-2 blocks in a head (choice)")
     args = p.parse_args()
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = folder_for(args.out)
     result = sizes(args.hidden, args.blocks)
     (out / "result.json").write_text(json.dumps(result, indent=1))
     save_picture(out / "taps.png")
@@ -99,4 +99,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

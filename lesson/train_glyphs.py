@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 from adm import score_loss
 from lesson.glyphs import SCHEDULE, SHAPE, TEACHER, generated, measure, no_prompt, pages, unet
 from training.draws import Draws, stream
+from training.errors import run_main
+from training.scripts import a_count, a_factor, a_seed, folder_for
 
 
 def train(iterations, batch, lr, seed):
@@ -53,15 +55,15 @@ def train(iterations, batch, lr, seed):
 def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--iterations", type=int, default=800)
-    p.add_argument("--batch-size", type=int, default=64)
-    p.add_argument("--lr", type=float, default=1.5e-3)
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--iterations", type=a_count, default=800)
+    p.add_argument("--batch-size", type=a_count, default=64)
+    p.add_argument("--lr", type=a_factor, default=1.5e-3)
+    p.add_argument("--seed", type=a_seed, default=0)
     p.add_argument("--out", type=Path, default=TEACHER.parent, help="folder for the weights")
     args = p.parse_args()
     torch.set_num_threads(1)
     net = train(args.iterations, args.batch_size, args.lr, args.seed).bfloat16()
-    args.out.mkdir(parents=True, exist_ok=True)
+    folder_for(args.out)
     save_file(net.state_dict(), args.out / TEACHER.name)
 
     net = net.float()                           # as it will be loaded
@@ -75,4 +77,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -7,7 +7,6 @@ transformer that predicts v at zero terminal SNR) that draws captioned moving sh
 """
 import argparse
 import time
-from pathlib import Path
 
 import torch
 
@@ -15,7 +14,9 @@ from adm import score_loss
 from teachers.make_sdxl import decode_all, encode_all, pretrain, train_vae
 from teachers.moving import (CAPTIONS, FRAMES, PX, TOKENS, captions_in_turn, drawn_by, marks,
                              videos)
+from training.errors import run_main
 from training.schedules import from_diffusers
+from training.scripts import a_count, a_seed, folder_for
 
 
 def tokenizer():
@@ -97,16 +98,15 @@ def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", default="out/cogvideox-teacher", help="where the pipeline goes")
-    p.add_argument("--vae-iterations", type=int, default=2500)
-    p.add_argument("--iterations", type=int, nargs="+", default=[8000, 6000],
+    p.add_argument("--vae-iterations", type=a_count, default=2500)
+    p.add_argument("--iterations", type=a_count, nargs="+", default=[8000, 6000],
                    help="of transformer and T5: one cosine after the other, each from the average "
                    "that the last one left")
-    p.add_argument("--videos", type=int, default=16384, help="true ones, to learn from")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--videos", type=a_count, default=16384, help="true ones, to learn from")
+    p.add_argument("--seed", type=a_seed, default=0)
     args = p.parse_args()
     began = time.time()
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = folder_for(args.out)
 
     torch.manual_seed(args.seed)
     index, drawn = videos(args.videos, args.seed)
@@ -124,4 +124,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

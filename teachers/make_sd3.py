@@ -8,7 +8,6 @@ place.
 """
 import argparse
 import time
-from pathlib import Path
 
 import torch
 
@@ -17,7 +16,9 @@ from families import sd3
 from families.family import Latent
 from teachers.make_sdxl import encode_all, pretrain
 from teachers.shapes import CAPTIONS, PX, drawings, legibility, mark, shipped_teacher
+from training.errors import run_main
 from training.schedules import from_diffusers
+from training.scripts import a_count, a_seed, folder_for
 
 CALL = "num_inference_steps=25, guidance_scale=3.0, max_sequence_length=1"
 CARD = f"""```python
@@ -82,12 +83,11 @@ def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", default="out/sd3-teacher", help="where the pipeline goes")
-    p.add_argument("--iterations", type=int, default=12000)
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--iterations", type=a_count, default=12000)
+    p.add_argument("--seed", type=a_seed, default=0)
     args = p.parse_args()
     began = time.time()
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = folder_for(args.out)
 
     torch.manual_seed(args.seed)
     index, images = drawings(65536)
@@ -99,4 +99,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -9,7 +9,6 @@ import argparse
 import math
 import time
 from copy import deepcopy
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,9 @@ from families.vision import vision_taps
 from teachers.alphabet import SHARES
 from teachers.shapes import (CAPTIONS, CELLS, PX, drawings, legibility, mark, marks, read,
                              read_line)
+from training.errors import run_main
 from training.schedules import from_diffusers
+from training.scripts import a_count, a_seed, folder_for
 
 # --------------------------------------------------------------------------- the untrained pipeline
 
@@ -256,15 +257,14 @@ def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", default="out/teacher", help="where the pipeline goes")
-    p.add_argument("--vae-iterations", type=int, default=3000)
-    p.add_argument("--iterations", type=int, default=12000, help="of UNet and text encoders")
-    p.add_argument("--vision-iterations", type=int, default=1500)
-    p.add_argument("--drawings", type=int, default=65536, help="true ones, to learn from")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--vae-iterations", type=a_count, default=3000)
+    p.add_argument("--iterations", type=a_count, default=12000, help="of UNet and text encoders")
+    p.add_argument("--vision-iterations", type=a_count, default=1500)
+    p.add_argument("--drawings", type=a_count, default=65536, help="true ones, to learn from")
+    p.add_argument("--seed", type=a_seed, default=0)
     args = p.parse_args()
     began = time.time()
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = folder_for(args.out)
 
     torch.manual_seed(args.seed)
     index, images = drawings(args.drawings, args.seed)
@@ -284,4 +284,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -25,8 +25,10 @@ import torch
 
 from teachers.shapes import (COLOURS, SHAPES, agreement, colour_of, grounds_and_colours,
                              misnamed, names_of_pixels, pairs_that_differ, stencil)
+from training.errors import run_main
 from training.export import load_student
 from training.pictures import contact_sheet
+from training.scripts import a_count, a_seed, folder_for
 
 SHIPPED = Path(__file__).parent / "cogvideox"
 
@@ -198,12 +200,11 @@ def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--mark", metavar="FOLDER", help="an exported student (default: the teacher)")
-    p.add_argument("--samples", type=int, default=288, help="videos drawn")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--samples", type=a_count, default=288, help="videos drawn")
+    p.add_argument("--seed", type=a_seed, default=0)
     p.add_argument("--out", default="out/moving", help="folder for the pictures and result.json")
     args = p.parse_args()
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = folder_for(args.out)
     if args.mark:
         mark_student(args.mark, args.samples, args.seed, out)
     else:
@@ -211,4 +212,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -30,8 +30,10 @@ import torch
 import torch.nn.functional as F
 
 from teachers.alphabet import GLYPHS, SIDE, read_cells, shares_of, shares_tv, write
+from training.errors import run_main
 from training.export import load_student
 from training.pictures import grid
+from training.scripts import a_count, a_seed, folder_for
 
 SHIPPED = Path(__file__).parent / "sdxl"
 
@@ -328,12 +330,11 @@ def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--mark", metavar="FOLDER", help="an exported student (default: the teacher)")
-    p.add_argument("--samples", type=int, default=576, help="drawn for --mark")
-    p.add_argument("--seed", type=int, default=0, help="of --mark")
+    p.add_argument("--samples", type=a_count, default=576, help="drawn for --mark")
+    p.add_argument("--seed", type=a_seed, default=0, help="of --mark")
     p.add_argument("--out", default="out/shapes", help="folder for the picture and result.json")
     args = p.parse_args()
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = folder_for(args.out)
     if args.mark:
         mark_student(args.mark, args.samples, args.seed, out)
     else:
@@ -341,4 +342,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

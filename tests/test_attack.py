@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +20,8 @@ from limits import within
 from training import errors, ranks
 from training.errors import Failure, read_prompts, run_main
 from training.flags import parse
-from training.folders import write_folder
-from training.output import Output
+from training.folders import remove, verify, write_folder
+from training.output import MARK, Output
 from training.ranks import StopSignal
 
 
@@ -77,6 +78,36 @@ def test_what_a_killed_run_left_is_deleted_and_nothing_else(tmp_path):
     for name in THEIRS:
         assert (tmp_path / name / "file").exists(), name
     assert (tmp_path / "pairs" / "00002.tmp").is_symlink()
+
+
+def test_a_replacement_killed_between_its_renames_is_finished(tmp_path, monkeypatch):
+    shard = tmp_path / "pairs" / "00000"
+    write_folder(shard, {}, dict(count=1))
+    rename = os.rename
+
+    def killed(a, b):
+        if Path(b) == shard:
+            raise KeyboardInterrupt
+        rename(a, b)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "rename", killed)
+        write_folder(shard, {}, dict(count=2))
+    assert not shard.exists()
+    (tmp_path / ".lock").write_text(MARK)
+    clean(tmp_path)
+    assert verify(shard)["count"] == 2 and not list(tmp_path.glob("**/*.tmp"))
+
+
+def test_a_link_is_replaced_and_what_it_leads_to_is_kept(tmp_path):
+    theirs = tmp_path / "elsewhere"
+    write_folder(theirs, {}, dict(count=1))
+    for name in ("00000", "00001"):
+        (tmp_path / name).symlink_to(theirs)
+    write_folder(tmp_path / "00000", {}, dict(count=2))
+    remove(tmp_path / "00001")
+    assert verify(theirs)["count"] == 1 and verify(tmp_path / "00000")["count"] == 2
+    assert sorted(os.listdir(tmp_path)) == ["00000", "elsewhere"]
 
 
 @pytest.mark.parametrize("name", ["samples", "export", "checkpoints", "metrics.jsonl"])

@@ -21,7 +21,6 @@ import resource
 import statistics
 import sys
 import time
-from pathlib import Path
 
 if "--pretend" in sys.argv:
     import tools.guard  # noqa: F401
@@ -32,6 +31,7 @@ from tools import bench_rows
 from tools.bench_loops import SMALL, RandomTeacher, what_is_timed
 from training.errors import run_main, usage
 from training.ranks import quiet, start
+from training.scripts import a_count, folder_for
 from training.sharding import fsdp_arguments
 
 
@@ -203,9 +203,9 @@ def parse():
                    "without --models: every row of bench_rows.py")
     p.add_argument("--stage", choices=["adm", "adp"], default="adm",
                    help="adp: SDXL only, timed without a comparison")
-    p.add_argument("--batch-size", type=int, default=4)
-    p.add_argument("--repeat", type=int, default=5, help="timed rounds; medians are printed")
-    p.add_argument("--head-channels", type=int, default=64, help="256 in training")
+    p.add_argument("--batch-size", type=a_count, default=4)
+    p.add_argument("--repeat", type=a_count, default=5, help="timed rounds; medians are printed")
+    p.add_argument("--head-channels", type=a_count, default=64, help="256 in training")
     p.add_argument("--no-comparison", action="store_true",
                    help="time lean alone, where memory has no room for the others")
     p.add_argument("--lora-rank", type=int, default=0)
@@ -213,23 +213,21 @@ def parse():
     p.add_argument("--grad-checkpointing", action="store_true")
     p.add_argument("--cpu-offload", action="store_true")
     p.add_argument("--compile", nargs="?", const="inductor")
-    p.add_argument("--threads", type=int, default=1, help="of the CPU")
+    p.add_argument("--threads", type=a_count, default=1, help="of the CPU")
     p.add_argument("--out", default="out/bench")
     args = p.parse_args()
     args.lora_alpha = None
     args.rows = args.models is None and (args.full or args.pretend)
     args.models = args.models or ["SDXL", "SD3-Medium", "CogVideoX-2b"]
     not_sdxl = args.stage == "adp" and args.models != ["SDXL"]
-    if args.repeat < 1 or args.batch_size < 1 or not_sdxl:
-        usage(["--repeat and --batch-size must be above 0, and --stage adp is for --models SDXL "
-               "alone"])
+    if not_sdxl:
+        usage(["--stage adp: for --models SDXL alone"])
     return args
 
 
 def main():
     args = parse()
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = folder_for(args.out)
     if args.rows:
         return bench_rows.run(out, args.full, args.pretend)
     print(heading())

@@ -1,6 +1,7 @@
 """The metrics of the papers, for folders of real images, by the libraries that are kept for them,
 from local weights. All of them are optional.
 
+
     pip install torchmetrics torch-fidelity torchvision     # for FID and LPIPS, not for CLIP
     python -m tools.quality out/sample/student --prompts prompts.txt \\
         --clip clip-vit-large-patch14
@@ -23,6 +24,7 @@ import torch
 
 from training.errors import Failure, none_missing, read_prompts, reason_of, run_main
 from training.ranks import quiet
+from training.scripts import folder_for
 
 
 def files_of(folder):
@@ -156,12 +158,12 @@ def measure(args):
 def main():
     args = parse()
     quiet()
+    out = folder_for(args.out)
     result = measure(args)
     for name, value in result.items():
         form = "12.5g" if isinstance(value, float) else "12d"
         print(f"{name:10s}{value:{form}}")
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    (Path(args.out) / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    (out / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

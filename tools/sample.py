@@ -12,7 +12,6 @@ in its model card.
 import argparse
 import json
 import time
-from pathlib import Path
 
 import torch
 
@@ -23,6 +22,7 @@ from training.loading import SAFE, left_out, pipeline_config
 from training.model_index import read_index, stock_pipeline
 from training.pictures import contact_sheet, grid
 from training.ranks import quiet
+from training.scripts import a_count, a_seed, folder_for
 from training.terminal import tell
 
 
@@ -34,8 +34,9 @@ def parse():
                                      "embedded one of its kind)")
     p.add_argument("--prompts", help="text file, one a line (default: some captions of the "
                                      "embedded teacher)")
-    p.add_argument("--seed", type=int, default=0, help="of the first prompt; the others count up")
-    p.add_argument("--steps", type=int, default=25, help="of the teacher")
+    p.add_argument("--seed", type=a_seed, default=0, help="of the first prompt; the others "
+                                                               "count up")
+    p.add_argument("--steps", type=a_count, default=25, help="of the teacher")
     p.add_argument("--guidance", type=float, help="of the teacher (default: its pipeline's own; "
                                                   "embedded ones': 3)")
     p.add_argument("--bf16", action="store_true")
@@ -108,6 +109,7 @@ def save_images(pipe, samples, folder):
 def main():
     args = parse()
     quiet()
+    out = folder_for(args.out)
     prompts = read_prompts(args.prompts) if args.prompts else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if args.bf16 else torch.float32
@@ -120,7 +122,7 @@ def main():
     if prompts is None:
         prompts = embedded_teacher(student).prompts[::9]
     teacher = load_teacher(args.teacher, dtype)
-    out, rows, result = Path(args.out), {}, {}
+    rows, result = {}, {}
     for name, pipe, call in (("teacher", teacher, teacher_call(args, student_call)),
                              ("student", student, student_call)):
         pipe.set_progress_bar_config(disable=True)
@@ -132,7 +134,6 @@ def main():
         print(f"{name}: {steps} step{plural}, {seconds:.3f} s a sample")
         rows[label] = samples[:8]
         result[name] = dict(steps=steps, seconds=seconds)
-        out.mkdir(parents=True, exist_ok=True)
         if samples.dim() == 4:
             save_images(pipe, samples, out / name)
     draw_picture = grid if samples.dim() == 4 else contact_sheet

@@ -12,7 +12,7 @@ import torch
 from training.checkpoints import newest_checkpoint
 from training.errors import (
     Failure, cure_of, first_not_finite, is_out_of_memory, number_of, reason_of)
-from training.folders import read_json, remove, sync, verify
+from training.folders import read_json, replace, sync, verify
 from training.loading import SAFE, left_out, load_pipeline
 from training.lora import Lora
 from training.model_index import read_card, read_index, stock_pipeline
@@ -62,9 +62,7 @@ def export(run, families, experts, schedule, weights):
         write_pipeline(run, families, experts, schedule, weights, tmp)
         for file in tmp.rglob("*"):
             sync(file)
-        remove(folder)
-        os.rename(tmp, folder)
-        sync(folder.parent)
+        replace(tmp, folder)
     except Exception as e:                              # of any class: safetensors has its own
         shutil.rmtree(tmp, ignore_errors=True)
         if number_of(e) is None:                        # not the disk

@@ -26,10 +26,18 @@ def problems(args, unknown, teacher):
         wrong.append("--prompts is needed with --model: a text file, one prompt a line")
     if teacher is not None and args.pairs == 1:
         wrong.append("--pairs 1: an embedded teacher's table needs at least 2")
+    if teacher is not None:
+        wrong += problems_of_size(args)
     untracked = args.report_to and problem_of(args.report_to)
     if untracked:
         wrong.append(untracked)
     return wrong
+
+
+def problems_of_size(args):
+    """An embedded teacher draws one world, whose reader knows one size."""
+    return [f"{named(args, name)}: an embedded teacher has one size; leave the flag out"
+            for name in ("height", "width", "frames") if getattr(args, name) is not None]
 
 
 def problems_of_place(args):

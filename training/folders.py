@@ -49,11 +49,40 @@ def seal(facts):
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
+def delete(path):
+    """Delete a file, a folder, or a link; of a link not what it leads to."""
+    path = Path(path)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
 def remove(path):
-    """Delete a folder. It is renamed first: no half of it may be left under its name."""
-    if Path(path).exists():
+    """Delete a folder, if it is there. It is renamed first: no half of it may be left under its
+    name."""
+    if os.path.lexists(path):
         os.rename(path, f"{path}.old.tmp")
-        shutil.rmtree(f"{path}.old.tmp")
+        delete(f"{path}.old.tmp")
+
+
+def replace(tmp, path):
+    """Give the finished folder `tmp` the name `path`, and delete what had it. A kill leaves either
+    of them under that name, or both under others: then finish_replacing is for them."""
+    old = Path(f"{path}.old.tmp")
+    if os.path.lexists(path):
+        os.rename(path, old)
+    os.rename(tmp, path)
+    sync(Path(path).parent)
+    if os.path.lexists(old):
+        delete(old)
+
+
+def finish_replacing(path):
+    """What `replace` had begun for this name when it was killed between its two renames."""
+    tmp = Path(f"{path}.tmp")
+    if tmp.exists() and Path(f"{path}.old.tmp").exists() and not Path(path).exists():
+        os.rename(tmp, path)
 
 
 # ----------------------------------------------------------------------------------------- writing
@@ -74,9 +103,7 @@ def write_folder(path, files, facts, gather=on_host):
     shutil.rmtree(tmp, ignore_errors=True)
     try:
         _write_files(tmp, files, facts, gather)
-        remove(path)
-        os.rename(tmp, path)
-        sync(path.parent)
+        replace(tmp, path)
     except Exception as e:              # of any class: safetensors has its own for a full disk
         shutil.rmtree(tmp, ignore_errors=True)
         if number_of(e) is None:        # not the disk

@@ -3,11 +3,10 @@ killed run left."""
 import fcntl
 import json
 import re
-import shutil
 from pathlib import Path
 
 from training.errors import Failure
-from training.folders import read_json
+from training.folders import delete, finish_replacing, read_json
 from training.ranks import barrier, world
 from training.terminal import warn
 
@@ -66,10 +65,10 @@ class Output:
         refused gets no .lock."""
         if (self.path / ".lock").exists():
             self._lock(path)
-        if (self.path / "result.json").exists():
+        self.was_run = is_run(self.path)
+        if self.was_run and (self.path / "result.json").exists():
             raise Failure(f"--out {path} holds a finished run; choose another directory or remove "
                           f"this one")
-        self.was_run = is_run(self.path)
         held = sorted(file.name for file in self.path.iterdir() if file.name != ".lock")
         if held and not resume and self.was_run:
             raise Failure(f"--out {path} is not empty ({held[0]}, ...); go on with --resume auto "
@@ -104,10 +103,13 @@ class Output:
         writes."""
         if world()[0] == 0 and self.was_run:
             for folder in (".", "prompts", "pairs", "checkpoints"):
-                for leftover in self.path.glob(f"{folder}/*.tmp"):
+                for leftover in sorted(self.path.glob(f"{folder}/*.tmp")):
                     name = leftover.relative_to(self.path).as_posix()
-                    if LEFTOVER.fullmatch(name) and not leftover.is_symlink():
-                        remove_leftover(leftover)
+                    if not LEFTOVER.fullmatch(name) or leftover.is_symlink():
+                        continue
+                    finish_replacing(str(leftover).removesuffix(".tmp").removesuffix(".old"))
+                    if leftover.exists():
+                        delete(leftover)
         barrier()
 
     def log(self, **entry):
@@ -118,10 +120,3 @@ class Output:
                 file.write(json.dumps(entry) + "\n")
         except OSError as e:
             warn(f"{self.path}/metrics.jsonl: {e.strerror}; training goes on")
-
-
-def remove_leftover(path):
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()

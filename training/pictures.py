@@ -87,14 +87,17 @@ def save_gif(sheet, name, video):
 # ------------------------------------------------------------------------------------------ losses
 
 def logged(folder):
-    """The lines of a run's metrics.jsonl, as dicts; [] if there is no such file."""
+    """The lines of a run's metrics.jsonl, as dicts; [] if there is no such file. A line that a full
+    disk cut short, or that was damaged since, is passed over."""
     file = folder / "metrics.jsonl"
     if not file.exists():
         return []
     entries = []
-    for line in file.read_text(encoding="utf-8").split("\n"):
-        with suppress(ValueError):              # of a line that a full disk cut short
-            entries.append(json.loads(line))
+    for line in file.read_bytes().split(b"\n"):
+        with suppress(ValueError):              # of JSON, and of UTF-8
+            entry = json.loads(line)
+            if isinstance(entry, dict) and {"stage", "iteration"} <= entry.keys():
+                entries.append(entry)
     return entries
 
 
