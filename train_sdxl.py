@@ -214,10 +214,13 @@ def run_phase(run, k, earlier, expert, ema, facts):
 def load_finished_phase(run, name, ema, facts):
     """An expert that was finished before this run."""
     path = newest_checkpoint(run.out.path / "checkpoints", name)
-    reached = 0 if path is None else load_checkpoint(path, facts, ema.networks(), ())["iteration"]
-    if reached < run.args.iterations_phase:
-        raise Failure(f"{run.out.path}/checkpoints: {name} is not whole and finished there; give "
-                      f"its length as --iterations-phase")
+    if path is None:
+        raise Failure(f"{run.out.path}/checkpoints: {name} is gone, which later phases need; "
+                      f"put it back, or begin again in another --out")
+    found = load_checkpoint(path, facts, ema.networks(), ())
+    if found["iteration"] < run.args.iterations_phase:
+        raise Failure(f"{path}: {name} is not finished there; give its length as "
+                      f"--iterations-phase")
 
 
 # ------------------------------------------------------------------------------------------ the run

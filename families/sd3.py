@@ -2,6 +2,7 @@
 (B.5)."""
 from discriminators import Taps, to_grid
 from families.family import ATTENTION, Family, decode_image, image_latent, unshifted_sigmas
+from training.errors import Failure
 
 
 def encode(pipe, prompts, latent, device, empty=True, **text):
@@ -13,6 +14,15 @@ def encode(pipe, prompts, latent, device, empty=True, **text):
         return cond, None
     uncond = dict(encoder_hidden_states=no_tokens, pooled_projections=no_pooled)
     return cond, uncond
+
+
+def latent(pipe, net, args):
+    found = image_latent(pipe, net, args)
+    most = net.config.pos_embed_max_size * net.config.patch_size * pipe.vae_scale_factor
+    for flag, size in (("--height", found.height), ("--width", found.width)):
+        if size > most:
+            raise Failure(f"{flag} {size}: {args.model} has places for {most} pixels at most")
+    return found
 
 
 def student_scheduler(scheduler, straight, stops):
@@ -46,7 +56,7 @@ FAMILY = Family(
     medium="image",
     network="transformer",
     encode=encode,
-    latent=image_latent,
+    latent=latent,
     decode=decode_image,
     student_scheduler=student_scheduler,
     taps=taps,

@@ -2,8 +2,10 @@
 done to the parts that were at fault. Pairs and checkpoints are in test_attack_state.py, models and
 model cards in test_attack_models.py, whole runs in test_attack_runs.py.
 """
+import argparse
 import ast
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -17,12 +19,15 @@ from safetensors import SafetensorError
 from cli import ROOT, Run
 from families.family import of_medium
 from limits import within
+from teachers import embedded
 from training import errors, ranks
 from training.errors import Failure, read_prompts, run_main
 from training.flags import parse
 from training.folders import remove, verify, write_folder
 from training.output import MARK, Output
+from training.pictures import logged
 from training.ranks import StopSignal
+from training.scripts import a_count, a_factor, a_seed, folder_for
 
 
 def line_of(error, capsys):
@@ -131,6 +136,39 @@ def test_a_lock_that_is_no_file(tmp_path):
         Output(tmp_path, None)
 
 
+@pytest.mark.parametrize("flags, words", [
+    (["--height", "64"], "--height 64: an embedded teacher has one size"),
+    (["--model", ""], "--model: empty")])
+def test_flags_beside_an_embedded_teacher(monkeypatch, capsys, flags, words):
+    monkeypatch.setattr(sys, "argv", ["train_sdxl.py", *flags])
+    with pytest.raises(SystemExit):
+        parse("", of_medium("image"), embedded.of_medium("image"))
+    assert words in capsys.readouterr().err
+
+
+def test_a_damaged_line_of_the_log_is_passed_over(tmp_path):
+    good = dict(stage="adp", iteration=10.0, generator=1.0)
+    damaged = b"\xff\xfe\n[1]\n{\"stage\": \"adp\"}\n{\"sta"
+    (tmp_path / "metrics.jsonl").write_bytes(json.dumps(good).encode() + b"\n" + damaged)
+    assert logged(tmp_path) == [good]
+
+
+def test_results_are_not_written_over_those_of_a_training_run(tmp_path):
+    write_folder(tmp_path / "prompts" / "00000", {}, {})
+    with pytest.raises(Failure, match="--out .* holds a training run"):
+        folder_for(tmp_path)
+    assert folder_for(tmp_path / "new").is_dir()
+
+
+@pytest.mark.parametrize("kind, text", [
+    (a_count, "0"), (a_count, "2.5"), (a_count, str(2**63)), (a_seed, "-1"), (a_factor, "nan"),
+    (a_factor, "0"), (a_factor, "x")])
+def test_numbers_of_the_small_scripts(kind, text):
+    with pytest.raises(argparse.ArgumentTypeError, match=text):
+        kind(text)
+    assert a_count("3") == 3 and a_seed("0") == 0 and a_factor("0.5") == 0.5
+
+
 def parsed(monkeypatch, small, *flags):
     words = ["--model", small / "model", "--prompts", small / "prompts.txt", *flags]
     monkeypatch.setattr(sys, "argv", ["train_sdxl.py", *map(str, words)])
@@ -140,7 +178,13 @@ def parsed(monkeypatch, small, *flags):
 @pytest.mark.parametrize("flags, words", [
     (["--out", ""], ["--out: empty"]),
     (["--out", "x\udcff"], ["not UTF-8"]),
-    (["--batch-size", "1000000000"], ["--batch-size 1000000000", "at most"])])
+    (["--batch-size", "1000000000"], ["--batch-size 1000000000", "at most"]),
+    (["--pairs", "1" + 12 * "0"], ["--pairs 1000000000000", "at most"]),
+    (["--head-channels", "1"], ["--head-channels 1", "above 1"]),
+    (["--look-at", " "], ["--look-at: empty"]),
+    (["--resume", ""], ["--resume: empty"]),
+    (["--compile", "foo"], ["--compile foo: not a backend"]),
+    (["--warm-heads", "--steps", "4"], ["--warm-heads: ADP", "leave the flag out"])])
 def test_flags_that_were_let_through(small, monkeypatch, capsys, flags, words):
     with pytest.raises(SystemExit):
         parsed(monkeypatch, small, *flags)

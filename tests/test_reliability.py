@@ -228,7 +228,7 @@ def test_07_resume_without_a_checkpoint_there(small, reference, folder):
     (folder / "empty").mkdir()
     (folder / "x.pt").write_bytes(b"")
     for where in ("gone", "empty", "x.pt"):
-        failed(resumed(folder / where), 1, f"{folder / where}: no whole checkpoint")
+        failed(resumed(folder / where), 1, f"--resume {folder / where}: no checkpoint there")
     assert [p.name for p in (folder / "new").iterdir()] == [".lock"]
     checkpoint = reference / "checkpoints" / ADM_4
     failed(resumed(checkpoint, "--method", "phased_dmd"), 1, str(checkpoint), "its stage is adm",
@@ -640,7 +640,7 @@ def test_18_pickles_and_paths_in_checkpoints(small, reference, folder):
             f"{bad}/outside.safetensors", "missing")
     evil(folder / "x.pt", mark)
     failed(train(small, folder / "new", *SAME, "--resume", folder / "x.pt"), 1,
-           "x.pt: no whole checkpoint")
+           "x.pt: no checkpoint there")
     assert not mark.exists()
 
 

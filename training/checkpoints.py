@@ -205,6 +205,9 @@ def checkpoint_to_resume(args, out, stages):
         if newest is None:
             return None, None
         return newest, newest.name.split("-")[0]
+    if not Path(args.resume, "manifest.json").exists():
+        raise Failure(f"--resume {args.resume}: no checkpoint there; give auto, or a folder of "
+                      f"OUT/checkpoints")
     found = verify(args.resume)
     reached = found.get("stage")
     if reached not in stages:

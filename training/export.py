@@ -2,7 +2,6 @@
 back, from such a folder to a pipeline."""
 import inspect
 import json
-import os
 import shutil
 from copy import deepcopy
 from pathlib import Path

@@ -1,6 +1,8 @@
 """What can be wrong with the flags of the training scripts, one sentence each."""
 import math
 
+import torch
+
 from training.ranks import number_of_ranks
 from training.tracking import problem_of
 
@@ -10,7 +12,9 @@ ABOVE_0 = ("pairs", "pair_steps", "iterations_adp", "iterations_adm", "iteration
            "sample_every", "context_parallel")
 ABOVE_0_IF_GIVEN = ("text_tokens", "dry_run", "samples", "lora_alpha", "frames")
 NOT_NEGATIVE = ("clip", "lora_rank", "lora_rank_fake", "seed", "pair_guidance", "warm_up")
-AT_MOST = dict(steps=1000, pair_steps=1000, seed=2**63 - 1, batch_size=2**16, accumulate=2**16)
+AT_MOST = dict(steps=1000, pair_steps=1000, seed=2**63 - 1, batch_size=2**16, accumulate=2**16,
+               pairs=2**30, samples=2**16, text_tokens=2**16, head_channels=2**16, lora_rank=2**16,
+               lora_rank_fake=2**16)
 
 
 def problems(args, unknown, teacher):
@@ -19,6 +23,7 @@ def problems(args, unknown, teacher):
     wrong = []
     if unknown:
         wrong.append(f"unknown flag {' '.join(unknown)}")
+    wrong += problems_of_text(args)
     wrong += problems_of_numbers(args)
     wrong += problems_of_method(args)
     wrong += problems_of_place(args)
@@ -40,11 +45,20 @@ def problems_of_size(args):
             for name in ("height", "width", "frames") if getattr(args, name) is not None]
 
 
+def problems_of_text(args):
+    wrong = []
+    for name, value in vars(args).items():
+        if isinstance(value, str) and not value.strip():
+            wrong.append(f"--{name.replace('_', '-')}: empty; give a value, or leave the flag out")
+    if args.compile and args.compile not in torch.compiler.list_backends(exclude_tags=()):
+        wrong.append(f"--compile {args.compile}: not a backend of torch.compile; leave the value "
+                     f"out for inductor")
+    return wrong
+
+
 def problems_of_place(args):
     """What is wrong with where the run is: its directory, its ranks."""
     wrong = []
-    if not args.out.strip():
-        wrong.append("--out: empty; give a directory")
     try:
         args.out.encode()
     except UnicodeEncodeError:
@@ -71,8 +85,10 @@ def problems_of_numbers(args):
         if any(isinstance(v, float) and not math.isfinite(v) for v in values):
             wrong.append(f"{named(args, name)}: not finite")
     for name, most in AT_MOST.items():
-        if getattr(args, name) > most:
+        if (getattr(args, name) or 0) > most:
             wrong.append(f"{named(args, name)}: must be {most} at most")
+    if args.head_channels == 1:                 # nothing to normalise in a map of one pixel
+        wrong.append("--head-channels 1: must be above 1")
     for name in ABOVE_0:
         if getattr(args, name) <= 0:
             wrong.append(f"{named(args, name)}: must be above 0")
@@ -117,7 +133,8 @@ def problems_of_method(args):
                      f"out")
     elif args.warm_up > 0 and args.warm_up >= args.iterations_adm:
         wrong.append(f"{named(args, 'warm_up')}: must be below --iterations-adm "
-                     f"{args.iterations_adm}, or the generator would never move")
+                     f"{args.iterations_adm}, or the generator would never move; give a smaller "
+                     f"one")
     if args.dt is not None and args.method != "dmdx":
         wrong.append(f"{named(args, 'dt')}: only ADM's discriminator has a dt; leave the flag out")
     if args.method == "phased_dmd":
@@ -134,8 +151,12 @@ def problems_of_method(args):
 def problems_of_family(args, family):
     """What no run of this family can do."""
     wrong = []
-    if args.method in ("adp", "reflow") and (args.steps > 1 or family.last_timestep is None):
+    has_adp = args.steps == 1 and family.last_timestep is not None
+    if args.method in ("adp", "reflow") and not has_adp:
         wrong.append(f"--method {args.method}: for image models and --steps 1 only; use dmdx")
+    if args.warm_heads and not has_adp:
+        wrong.append("--warm-heads: ADP, whose heads they are, is for image models and --steps 1 "
+                     "only; leave the flag out")
     if args.context_parallel > 1 and family.context_parallel is None:
         wrong.append("--context-parallel: CogVideoX only; leave the flag out")
     try:

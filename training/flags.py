@@ -192,7 +192,7 @@ def folders_of(embedded):
 
 def embedded_at(model, embedded):
     """The embedded teacher that --model names, the first without --model, or None."""
-    if not model:
+    if model is None:
         return embedded[0]
     for teacher in embedded:
         if os.path.abspath(model) == os.path.abspath(teacher.folder):
@@ -224,7 +224,7 @@ def parse(doc, families, embedded):
     family, missing = None, None
     teacher = embedded_at(known.model, embedded)
     try:
-        model = known.model or teacher.folder
+        model = known.model if teacher is None else teacher.folder
         family = families[pipeline_class(model, families)]
         p.set_defaults(**family.defaults(pipeline_config(model, family.network)))
     except Failure as e:                        # told after the flags, all of which come first
@@ -244,7 +244,8 @@ def parse(doc, families, embedded):
     if family is not None and family.always:
         p.set_defaults(**family.always)
     args, unknown = p.parse_known_args()
-    args.model = args.model or str(teacher.folder)
+    if args.model is None:
+        args.model = str(teacher.folder)
     if args.iterations is not None:
         args.iterations_adp = args.iterations_adm = args.iterations_phase = args.iterations
     wrong = problems(args, unknown, teacher)

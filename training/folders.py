@@ -142,8 +142,11 @@ def verify(path):
         if facts.pop("seal") != seal(facts):
             raise ValueError
         stamps = facts["files"].items()
+    except PermissionError as e:
+        raise Failure(f"{path}: {e.strerror}; make it readable")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise Failure(f"{path}: no whole checkpoint there (manifest.json is missing or damaged)")
+        raise Failure(f"{path}: not whole (its manifest.json is missing or damaged); delete {path} "
+                      f"and go on with --resume auto")
     for name, stamp in stamps:
         file = path / Path(name).name           # a name with ../ in it stays inside
         if not _is_intact(file, stamp):

@@ -8,7 +8,7 @@ import ast
 import re
 from pathlib import Path
 
-from training.errors import Failure
+from training.errors import Failure, reason_of
 from training.folders import read_json
 
 LIBRARIES = (None, "diffusers", "transformers")
@@ -55,9 +55,9 @@ def read_config(path, file, name):
         from huggingface_hub import hf_hub_download, logging
         logging.set_verbosity(logging.CRITICAL)                 # it would tell of each retry
         return read_json(hf_hub_download(path, file))
-    except (OSError, ValueError, TypeError) as e:
-        raise Failure(f"{name}: no such pipeline, here or on the hub; give a directory with a "
-                      f"model_index.json, or a hub id") from e
+    except Exception as e:                              # of any class: a proxy's, a connection's
+        raise Failure(f"{name}: no such pipeline, here or on the hub ({reason_of(e)}); give a "
+                      f"directory with a model_index.json, or a hub id") from e
 
 
 def classes_in(index):
