@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cli import NEVER, StopAt
-from training.checkpoints import load_checkpoint, save_checkpoint
+from training.checkpoints import checkpoint_to_resume, load_checkpoint, save_checkpoint
 from training.errors import Failure
 from training.folders import seal, verify, write_folder
 from training.optimizer import Optimizer
@@ -198,3 +198,21 @@ def test_the_generator_rests_in_a_warm_up():
     assert constant == [0.0] * 4 + [2.0] * 6
     assert falling[:5] == [0.0] * 4 + [2.0] and falling[-1] == 0.0
     assert falling[5] == pytest.approx(2.0 * 5 / 6)
+
+
+# --------------------------------------------------------------------------- an ADP made longer
+
+def test_an_adp_that_an_adm_started_from_is_not_made_longer(tmp_path):
+    """The next run would export the student of the shorter one, and say it had the longer."""
+    for name, facts in (("adp-00000004", dict(stage="adp", iteration=4, global_iter=4)),
+                        ("adm-00000002", dict(stage="adm", iteration=2, after_adp=True))):
+        write_folder(tmp_path / "checkpoints" / name, {}, facts)
+    out = SimpleNamespace(path=tmp_path)
+
+    def resumed(iterations):
+        args = SimpleNamespace(resume="auto", stage="adp", iterations_adp=iterations)
+        return checkpoint_to_resume(args, out, ["adp"])
+
+    with pytest.raises(Failure, match="--stage adp: .*adm-00000002 started from"):
+        resumed(8)
+    assert resumed(4) == (tmp_path / "checkpoints" / "adp-00000004", "adp")
