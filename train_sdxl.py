@@ -48,7 +48,7 @@ from training.optimizer import EMA, Optimizer
 from training.output import Output
 from training.pairs import collect_pairs, load_pairs
 from training.pictures import curves
-from training.ranks import StopSignal, barrier, gather_lists, goodbye, start, world
+from training.ranks import StopSignal, barrier, gather_lists, goodbye, start, tell_once, world
 from training.sharding import on_rank_0
 from training.show import pictures
 from training.stage import Run, Stage, begin, cure_of_divergence, follow
@@ -138,7 +138,7 @@ def run_dmdx(run):
     if run.stages[0] != "adm" and run.reached != "adm":
         pretrain = run_adp if run.stages[0] == "adp" else run_reflow
         if not pretrain(run, generator, ema, facts):
-            goodbye(out)
+            goodbye(out, run.checkpoint)
             return None
         after_adp = True
     elif run.reached == "adm":          # perhaps of another --out, where ADP's checkpoint is not
@@ -146,14 +146,14 @@ def run_dmdx(run):
     else:
         after_adp = load_finished_adp(run, ema, facts)
     if args.stage == "adp":
-        tell("adp is done; go on with --stage adm --resume auto")
+        tell_once("adp is done; go on with the same flags and --resume auto, but --stage adm")
         return None
     schedule = teacher.line if after_adp else teacher.schedule
     if run.stages[-1] == "adm":
         if run.reached != "adm":
             ema.restart()               # ADM starts from what ADP's average had become
         if not run_adm(run, generator, ema, schedule, dict(facts, after_adp=after_adp)):
-            goodbye(out)
+            goodbye(out, run.checkpoint)
             return None
     return [Expert(ema.net, schedule.stops(args.steps))], schedule
 
@@ -186,7 +186,7 @@ def run_phases(run):
         if run.reached in run.stages[k:]:
             load_finished_phase(run, f"phase{k}", ema, facts)
         elif not run_phase(run, k, experts, Expert(generator, phase), ema, facts):
-            goodbye(run.out)
+            goodbye(run.out, run.checkpoint)
             return None
         experts.append(Expert(ema.net, phase))
     return experts, teacher.schedule
@@ -242,14 +242,15 @@ def distil(run, families, shipped):
     """Pairs, training, export -> what of the run's table goes into result.json, or None if it ends
     before there is a student. shipped: the teacher's record, if it is an embedded one."""
     args, teacher, out = run.args, run.teacher, run.out
-    has_pairs = args.stage == "all" and run.stages[0] in ("adp", "reflow")
-    if args.stage == "pairs" or has_pairs or shipped:
+    needs_pairs = args.stage == "all" and run.stages[0] in ("adp", "reflow")
+    needs_pairs = needs_pairs and run.reached != "adm"
+    if args.stage == "pairs" or needs_pairs or shipped:
         if not collect_pairs(args, out, teacher, run.stop):
-            goodbye(out)
+            goodbye(out, run.checkpoint)
             return None
     barrier()
     if args.stage == "pairs":
-        tell("pairs is done; go on with the same flags and --resume auto, without --stage")
+        tell_once("pairs is done; go on with the same flags and --resume auto, without --stage")
         return None
     done = run_phases(run) if args.method == "phased_dmd" else run_dmdx(run)
     if done is None:

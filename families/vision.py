@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from discriminators import Taps, to_grid
 from training.errors import Failure, first_not_finite, none_missing, reason_of
 from training.folders import read_json
+from training.ranks import quiet
 
 
 def quarters(layers):
@@ -48,14 +49,15 @@ def vision_taps(net):
 def load_vision_encoder(path, device=None):
     """The encoder in float32 on `device`; without a device, only look whether it is one. Raises
     Failure if it is neither a SAM nor a DINOv2, or not whole."""
+    quiet()
     from transformers import AutoConfig, Dinov2Model, SamVisionModel
     try:
         if Path(path).exists():
             read_json(Path(path) / "config.json")
         kind = str(AutoConfig.from_pretrained(path, trust_remote_code=False).model_type)
     except Exception as e:                                  # transformers has several of its own
-        raise Failure(f"--pixel-backbone {path}: no such model, here or on the hub; give a SAM or "
-                      f"DINOv2 directory or hub id") from e
+        raise Failure(f"--pixel-backbone {path}: no such model, here or on the hub "
+                      f"({reason_of(e)}); give a SAM or DINOv2 directory or hub id") from e
     classes = {"sam": SamVisionModel, "sam_vision_model": SamVisionModel, "dinov2": Dinov2Model}
     if kind not in classes:
         raise Failure(f"--pixel-backbone {path}: a {kind} model; give a SAM or a DINOv2")

@@ -98,11 +98,12 @@ def main():
     add_run_flags(p)
     p.add_argument("--results", type=Path,
                    help="where figures and picture go (default: lesson/results, and for another "
-                        "scale OUT)")
+                        "seed or scale OUT)")
     args = p.parse_args()
     torch.set_num_threads(1)
     began = time.time()
-    results = args.results or (RESULTS if args.scale == 1 else args.out)
+    complete = args.seed == p.get_default("seed") and args.scale == 1
+    results = args.results or (RESULTS if complete else args.out)
     folder_for(results, "--results")
     run_jobs(args.out, jobs_of(args.seed, Setting().scaled(args.scale)), args.processes)
     facts = {}

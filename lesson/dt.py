@@ -115,11 +115,12 @@ def parse():
     p.add_argument("--seeds", nargs="+", type=a_seed, default=[0, 1, 2])
     add_run_flags(p)
     p.add_argument("--results", type=Path,
-                   help="where figures and picture go (default: lesson/results, and for another "
-                        "scale OUT)")
+                   help="where figures and picture go (default: lesson/results, and for other "
+                        "seeds or another scale OUT)")
     args = p.parse_args()
+    complete = args.seeds == p.get_default("seeds") and args.scale == 1
     if args.results is None:
-        args.results = RESULTS if args.scale == 1 else args.out
+        args.results = RESULTS if complete else args.out
     return args
 
 

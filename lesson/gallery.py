@@ -1,4 +1,4 @@
-"""Five ways a run goes wrong, each beside a healthy twin that differs in one thing.
+"""Five ways a run goes wrong, each beside a healthy twin without the mistake.
 
     python -m lesson.gallery            # seed 0, two cores
 

@@ -22,6 +22,7 @@ from lesson.students import (Setting, Student, World, teacher_pairs, train_a1, t
                              train_matching, train_phased)
 from phased_dmd import Expert, generate
 from training.draws import stream
+from training.errors import Failure
 from training.scripts import a_count, a_factor
 
 RESULTS = Path(__file__).parent / "results"
@@ -157,6 +158,15 @@ def is_finished(out, job):
     return facts_of(out / job.name).get("setting") == asdict(job.setting)
 
 
+def refuse_another_setting(out, job):
+    """Raises Failure where a job would replace what was kept of another setting: an hour's work,
+    if this is a quick look."""
+    setting = facts_of(out / job.name).get("setting")
+    if setting is not None and setting != asdict(job.setting):
+        raise Failure(f"--out {out}: its {job.name} was made at another setting; choose another "
+                      f"folder, or delete that")
+
+
 def run_job(out, job):
     """Train one student, measure it and keep it -> the job."""
     torch.set_num_threads(1)
@@ -192,6 +202,8 @@ def run_jobs(out, jobs, processes):
     """All jobs in the order given, `processes` at a time (1: in this process). One that needs
     another waits for it. Those that OUT has already are not made again."""
     began = time.time()
+    for job in jobs:
+        refuse_another_setting(out, job)
     finished = {job.name for job in jobs if is_finished(out, job)}
     waiting = [job for job in jobs if job.name not in finished]
     if processes == 1:

@@ -90,7 +90,7 @@ def main():
     out = folder_for(args.out)
 
     torch.manual_seed(args.seed)
-    index, images = drawings(65536)
+    index, images = drawings(65536, args.seed)
     pipe = build()
     train(pipe, index, images, args.iterations)
     pipe.to(torch.bfloat16).save_pretrained(out)

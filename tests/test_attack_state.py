@@ -210,9 +210,9 @@ def test_an_adp_that_an_adm_started_from_is_not_made_longer(tmp_path):
     out = SimpleNamespace(path=tmp_path)
 
     def resumed(iterations):
-        args = SimpleNamespace(resume="auto", stage="adp", iterations_adp=iterations)
+        args = SimpleNamespace(resume="auto", iterations_adp=iterations)
         return checkpoint_to_resume(args, out, ["adp"])
 
-    with pytest.raises(Failure, match="--stage adp: .*adm-00000002 started from"):
+    with pytest.raises(Failure, match="adm-00000002 started from an ADP"):
         resumed(8)
     assert resumed(4) == (tmp_path / "checkpoints" / "adp-00000004", "adp")

@@ -76,8 +76,12 @@ def teacher_call(args, student_call):
     sizes = ("height", "width", "num_frames", "max_sequence_length")
     call = {name: value for name, value in student_call.items() if name in sizes}
     call["num_inference_steps"] = args.steps
+    weight = "guidance_scale"
+    if "true_cfg_scale" in student_call:        # Qwen-Image, unguided without a negative prompt
+        weight = "true_cfg_scale"
+        call["negative_prompt"] = " "
     if args.guidance is not None:
-        call["guidance_scale"] = args.guidance
+        call[weight] = args.guidance
     return call
 
 
@@ -102,6 +106,8 @@ def draw(pipe, prompts, seed, call):
 
 def save_images(pipe, samples, folder):
     folder.mkdir(exist_ok=True)
+    for old in folder.glob("[0-9]*.png"):       # of a call with more prompts
+        old.unlink()
     for i, image in enumerate(pipe.image_processor.postprocess(samples.clamp(-1, 1))):
         image.save(folder / f"{i:05d}.png")
 

@@ -199,7 +199,7 @@ def checkpoint_to_resume(args, out, stages):
     newest = None
     for stage in reversed(stages):
         newest = newest or newest_checkpoint(out.path / "checkpoints", stage)
-    if args.stage == "adp":
+    if stages[-1:] == ["adp"]:
         refuse_before_adm(args, out, newest)
     if args.resume == "auto":
         if newest is None:
@@ -221,12 +221,12 @@ def checkpoint_to_resume(args, out, stages):
 
 
 def refuse_before_adm(args, out, newest):
-    """Raises Failure if --stage adp would train on where an ADM has started from what is there: the
-    next run would export that ADM's student, and say that it had the longer ADP. newest: path of
-    ADP's checkpoint, or None."""
+    """Raises Failure if a run of ADP alone would train on where an ADM has started from what is
+    there: the next run would export that ADM's student, and say that it had the longer ADP. newest:
+    path of ADP's checkpoint, or None."""
     adm = newest_checkpoint(out.path / "checkpoints", "adm")
     if adm is None or not is_after_adp(adm):
         return
     if newest is None or verify(newest)["iteration"] < args.iterations_adp:
-        raise Failure(f"--stage adp: {adm} started from an ADP that this would change; delete it "
-                      f"and those beside it named adm, or choose another --out")
+        raise Failure(f"{adm} started from an ADP that this run would change; delete it and those "
+                      f"beside it named adm, or choose another --out")

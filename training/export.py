@@ -161,8 +161,11 @@ def how_it_was_made(run):
     if args.method == "phased_dmd":
         counts = dict.fromkeys(iterations_of(run, stage) for stage in run.stages)
         return f"{' and '.join(map(str, counts))} iterations a phase of Phased DMD"
+    stages = list(run.stages)
+    if stages == ["adm"] and newest_checkpoint(run.out.path / "checkpoints", "adp"):
+        stages = ["adp", "adm"]                 # one by one, by --stage
     parts = []
-    for stage in run.stages:
+    for stage in stages:
         name = "DMD" if stage == "adm" and args.method == "dmd" else MADE_BY[stage]
         parts.append(f"{iterations_of(run, stage)} iterations of {name}")
     return ", ".join(parts)

@@ -121,7 +121,7 @@ def problems_of_numbers(args):
 def problems_of_method(args):
     wrong = []
     if args.steps > 1 and args.stage == "adp":
-        wrong.append(f"{named(args, 'steps')}: ADP is one-step only; use --stage adm")
+        wrong.append(f"{named(args, 'steps')}: ADP is one-step only; leave --stage out")
     if args.stage in ("adp", "adm") and args.method in ("adp", "reflow"):
         wrong.append(f"--stage {args.stage} --method {args.method}: that method has no such stage; "
                      f"leave --stage out")
@@ -148,15 +148,18 @@ def problems_of_method(args):
     return wrong
 
 
-def problems_of_family(args, family):
-    """What no run of this family can do."""
+def problems_of_family(args, family, teacher=None):
+    """What no run of this family can do. teacher: the embedded one that is distilled, or None."""
     wrong = []
     has_adp = args.steps == 1 and family.last_timestep is not None
     if args.method in ("adp", "reflow") and not has_adp:
-        wrong.append(f"--method {args.method}: for image models and --steps 1 only; use dmdx")
+        wrong.append(f"--method {args.method}: this model has none at these --steps; use dmdx")
     if args.warm_heads and not has_adp:
-        wrong.append("--warm-heads: ADP, whose heads they are, is for image models and --steps 1 "
-                     "only; leave the flag out")
+        wrong.append("--warm-heads: ADP, whose heads they are, is for --steps 1 and models that "
+                     "have it; leave the flag out")
+    uses_pairs = has_adp and args.method != "phased_dmd"
+    if args.stage == "pairs" and not uses_pairs and teacher is None:
+        wrong.append("--stage pairs: no stage of this run would use them; leave the flag out")
     if args.context_parallel > 1 and family.context_parallel is None:
         wrong.append("--context-parallel: CogVideoX only; leave the flag out")
     try:

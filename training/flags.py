@@ -250,7 +250,7 @@ def parse(doc, families, embedded):
         args.iterations_adp = args.iterations_adm = args.iterations_phase = args.iterations
     wrong = problems(args, unknown, teacher)
     if family is not None:
-        wrong += family.problems(args) + problems_of_family(args, family)
+        wrong += family.problems(args) + problems_of_family(args, family, teacher)
     if wrong:
         usage(wrong)
     if missing:

@@ -164,6 +164,8 @@ def _is_intact(file, stamp):
             return False
         safe_open(file, "pt")                   # raises for a pickle: that has a hash, too
         return True
+    except PermissionError as e:
+        raise Failure(f"{file}: {e.strerror}; make it readable")
     except (OSError, SafetensorError, TypeError, KeyError):
         return False
 

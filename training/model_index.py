@@ -57,7 +57,7 @@ def read_config(path, file, name):
         return read_json(hf_hub_download(path, file))
     except Exception as e:                              # of any class: a proxy's, a connection's
         raise Failure(f"{name}: no such pipeline, here or on the hub ({reason_of(e)}); give a "
-                      f"directory with a model_index.json, or a hub id") from e
+                      f"directory with a {file}, or a hub id") from e
 
 
 def classes_in(index):

@@ -98,12 +98,13 @@ def cure_of_divergence(run):
         path = newest_checkpoint(run.out.path / "checkpoints", name)
         if path is None:
             continue
-        reached = verify(path)["iteration"] if name == stage else 0
-        if reached < run.done[stage]:                           # good steps were made since
+        saved = verify(path)["iteration"] if name == stage else 0
+        if saved < run.done[stage]:                             # good steps were made since
             return f"go on from {path} with --resume auto and a lower learning rate"
         return (f"delete {path}, whose weights lead there, then --resume auto with a lower "
                 f"learning rate")
-    return "no checkpoint is there yet; go on with --resume auto and a lower learning rate"
+    how = run.checkpoint or "auto"              # one of another --out, which auto would not find
+    return f"no checkpoint is there yet; go on with --resume {how} and a lower learning rate"
 
 
 def rate_at(args, full_rate, iteration, stage):
