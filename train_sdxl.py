@@ -42,7 +42,7 @@ from training.flags import parse
 from training.folders import write_folder
 from training.heads import latent_heads, load_warm_heads, pixel_heads, refuse_without_heads
 from training.loading import load_pipeline, pipeline_class
-from training.lora import Lora
+from training.lora import Lora, facts_of_loras
 from training.networks import autocast, one_by_one, prepare, trainable
 from training.optimizer import EMA, Optimizer
 from training.output import Output
@@ -115,7 +115,8 @@ def run_adm(run, generator, ema, schedule, facts):
                   heads_opt)
     stops = schedule.stops(args.steps)
     # None, and not False: checkpoints of older versions say nothing
-    facts = dict(facts, method=args.method, dt=args.dt, warm_heads=args.warm_heads or None)
+    facts = dict(facts, method=args.method, dt=args.dt, warm_heads=args.warm_heads or None,
+                 cfg_student=args.cfg_student)
     stage = Stage("adm", args.iterations_adm, ema, dict(fake_score=fake_score, **heads),
                   tuple(filter(None, optimizers)), facts, [Expert(ema.net, stops)], schedule,
                   args.warm_up)
@@ -134,7 +135,7 @@ def run_dmdx(run):
     torch.manual_seed(args.seed)
     generator = trainable(args, teacher, "generator", args.lora_rank)
     ema = EMA(generator, args.ema, partial(prepare, args, device=teacher.device))
-    facts = dict(teacher.facts, steps=args.steps, lora_rank=args.lora_rank, seed=args.seed)
+    facts = dict(teacher.facts, steps=args.steps, seed=args.seed, **facts_of_loras(args))
     if run.stages[0] != "adm" and run.reached != "adm":
         pretrain = run_adp if run.stages[0] == "adp" else run_reflow
         if not pretrain(run, generator, ema, facts):
@@ -176,8 +177,8 @@ def run_phases(run):
     args, teacher = run.args, run.teacher
     stops, experts = teacher.schedule.stops(args.steps), []
     size = args.steps // args.phases
-    facts = dict(teacher.facts, steps=args.steps, phases=args.phases, lora_rank=args.lora_rank,
-                 seed=args.seed, method=args.method, weighting=args.weighting)
+    facts = dict(teacher.facts, steps=args.steps, phases=args.phases, seed=args.seed,
+                 method=args.method, weighting=args.weighting, **facts_of_loras(args))
     for k, phase in enumerate(cut_into_phases(stops, stops[size:-1:size]), 1):
         torch.manual_seed(args.seed)
         generator = trainable(args, teacher, f"phase{k}", args.lora_rank,

@@ -5,7 +5,7 @@ family.
 
 Every row is a run of a training script with the flags that stand here and no others, seed 0. Writes
 lesson/results/families.json. Finished runs are kept: a second call goes on where the first was
-stopped.
+stopped, and the seconds of a run that was stopped are those since.
 """
 import argparse
 import json

@@ -291,6 +291,10 @@ def test_08_checkpoint_of_another_model(small, reference, folder):
            "there and", "here")
     failed(train(small, folder / "b", *flags, "--lora-rank", "4"), 1,
            "its lora_rank is 2, this run's is 4")
+    failed(train(small, folder / "b", *flags, "--lora-alpha", "3"), 1,
+           "its lora_alpha is None, this run's is 3.0")
+    failed(train(small, folder / "b", *flags, "--cfg-student", "3"), 1,
+           "its cfg_student is None, this run's is 3.0")
     failed(train(small, folder / "b", *flags, "--dt", "8"), 1, "its dt is None, this run's is [8]")
 
 

@@ -46,6 +46,12 @@ def rank_flag(name, rank):
     return f"--lora-rank {rank}"
 
 
+def facts_of_loras(args):
+    """What a checkpoint must agree in: another alpha would rescale what an adapter has learnt."""
+    has_lora = args.lora_rank > 0 or args.lora_rank_fake > 0
+    return dict(lora_rank=args.lora_rank, lora_alpha=args.lora_alpha if has_lora else None)
+
+
 class Lora(nn.Module):
     """A LoRA on a base that others share. It is called as the base is, and its parameters are the
     adapter's alone. Called directly, the base gives what it gave without adapters.

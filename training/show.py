@@ -58,7 +58,10 @@ def pictures(args, out, teacher):
         images = draw(student_sampler(args, experts, schedule))
         rows[f"student, {in_words(args.steps)}"] = images
         if world()[0] == 0:
-            save = grid if teacher.family.medium == "image" else contact_sheet
-            save(out.path / file, rows, [teacher.prompt(i) for i in index.tolist()])
+            captions = [teacher.prompt(i) for i in index.tolist()]
+            if teacher.family.medium == "image":
+                grid(out.path / file, rows, captions)
+            else:
+                contact_sheet(out.path / file, rows, captions, videos=len(captions))
         return dict(x_T=x_T, prompt=index, images=images)
     return show
