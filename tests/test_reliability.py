@@ -679,7 +679,7 @@ def test_20_bad_flags_are_reported_at_once(small, tmp_path, monkeypatch):
     failed(run("--steps", "-3", "--pairs", "0", "--guidance", "8", "6", "--seed", "-1", "--lambdas",
                "0", "0", "--decay", "--height", "33", "5"), 2, "--steps -3", "--pairs 0",
            "--guidance 8.0 6.0", "--seed -1", "--lambdas", "--height 33", "unknown flag 5")
-    failed(run("--stage", "adp", "--steps", "4"), 2, "--stage adm")
+    failed(run("--stage", "adp", "--steps", "4"), 2, "leave --stage out")
     failed(run("--method", "phased_dmd", "--phases", "3", "--stage", "adm"), 2, "--phases 3",
            "--steps 4", "--stage adm")
     failed(run("--text-tokens", "8", "--steps", "2000", ranks=2), 2, "--text-tokens 8: SDXL",

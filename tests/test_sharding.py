@@ -1,6 +1,8 @@
 """Two ranks against one, sharded, offloaded, checkpointed, in bf16, compiled, by LoRA, in every
 combination; and a run that changes its number of ranks."""
 import itertools
+import signal
+import warnings
 
 import pytest
 import torch
@@ -118,8 +120,12 @@ def five_iterations(tmp_path_factory):
     one = dict.fromkeys(map(alone, COMBINATIONS))
     two = dict.fromkeys(map(label, COMBINATIONS))
     started = [Run("-c", FIVE, folder, *two, ranks=2), Run("-c", FIVE, folder, *one)]
-    for run in started:
-        succeeded(run.wait())
+    ended = [run.wait() for run in started]
+    if ended[0].returncode == -signal.SIGABRT:      # once in some dozens of suites, never twice
+        warnings.warn(f"a rank's heap was damaged, by native code; again ({ended[0].stderr[-80:]})")
+        ended[0] = Run("-c", FIVE, folder, *two, ranks=2).wait()
+    for done in ended:
+        succeeded(done)
     return folder
 
 
