@@ -38,6 +38,7 @@ from training.checkpoints import (
     checkpoint_to_resume, is_after_adp, load_checkpoint, newest_checkpoint)
 from training.errors import Failure, NotFinite, first_not_finite, read_prompts, run_main
 from training.export import export, refuse_without_callback
+from training.flag_problems import has_adp
 from training.flags import parse
 from training.folders import write_folder
 from training.heads import latent_heads, load_warm_heads, pixel_heads, refuse_without_heads
@@ -48,10 +49,10 @@ from training.optimizer import EMA, Optimizer
 from training.output import Output
 from training.pairs import collect_pairs, load_pairs
 from training.pictures import curves
-from training.ranks import StopSignal, barrier, gather_lists, goodbye, start, tell_once, world
+from training.ranks import StopSignal, barrier, gather_lists, start, tell_once, world
 from training.sharding import on_rank_0
 from training.show import pictures
-from training.stage import Run, Stage, begin, cure_of_divergence, follow
+from training.stage import Run, Stage, begin, cure_of_divergence, follow, goodbye
 from training.teacher import Teacher
 from training.terminal import tell
 from training.tracking import report_of
@@ -131,7 +132,7 @@ def run_adm(run, generator, ema, schedule, facts):
 def run_dmdx(run):
     """ADP or A1, then ADM or DMD, as far as they are in this run -> ([Expert], its schedule), or
     None if it was stopped early or ends before there is a student to export."""
-    args, teacher, out = run.args, run.teacher, run.out
+    args, teacher = run.args, run.teacher
     torch.manual_seed(args.seed)
     generator = trainable(args, teacher, "generator", args.lora_rank)
     ema = EMA(generator, args.ema, partial(prepare, args, device=teacher.device))
@@ -139,7 +140,7 @@ def run_dmdx(run):
     if run.stages[0] != "adm" and run.reached != "adm":
         pretrain = run_adp if run.stages[0] == "adp" else run_reflow
         if not pretrain(run, generator, ema, facts):
-            goodbye(out, run.checkpoint)
+            goodbye(run)
             return None
         after_adp = True
     elif run.reached == "adm":          # perhaps of another --out, where ADP's checkpoint is not
@@ -154,7 +155,7 @@ def run_dmdx(run):
         if run.reached != "adm":
             ema.restart()               # ADM starts from what ADP's average had become
         if not run_adm(run, generator, ema, schedule, dict(facts, after_adp=after_adp)):
-            goodbye(out, run.checkpoint)
+            goodbye(run)
             return None
     return [Expert(ema.net, schedule.stops(args.steps))], schedule
 
@@ -187,7 +188,7 @@ def run_phases(run):
         if run.reached in run.stages[k:]:
             load_finished_phase(run, f"phase{k}", ema, facts)
         elif not run_phase(run, k, experts, Expert(generator, phase), ema, facts):
-            goodbye(run.out, run.checkpoint)
+            goodbye(run)
             return None
         experts.append(Expert(ema.net, phase))
     return experts, teacher.schedule
@@ -232,7 +233,7 @@ def stages_of(args, family):
         names = [f"phase{k}" for k in range(1, args.phases + 1)]
         return [] if args.stage == "pairs" else names
     names = []
-    if args.steps == 1 and family.last_timestep is not None:
+    if has_adp(args, family):
         names.append("reflow" if args.method == "reflow" else "adp")
     if args.method in ("dmdx", "dmd"):
         names.append("adm")
@@ -243,11 +244,11 @@ def distil(run, families, shipped):
     """Pairs, training, export -> what of the run's table goes into result.json, or None if it ends
     before there is a student. shipped: the teacher's record, if it is an embedded one."""
     args, teacher, out = run.args, run.teacher, run.out
-    needs_pairs = args.stage == "all" and run.stages[0] in ("adp", "reflow")
-    needs_pairs = needs_pairs and run.reached != "adm"
+    needs_pairs = (args.stage == "all" and run.stages[0] in ("adp", "reflow")
+                   and run.reached != "adm")
     if args.stage == "pairs" or needs_pairs or shipped:
         if not collect_pairs(args, out, teacher, run.stop):
-            goodbye(out, run.checkpoint)
+            goodbye(run)
             return None
     barrier()
     if args.stage == "pairs":

@@ -17,6 +17,7 @@ def encode(pipe, prompts, latent, device, empty=True, **text):
 
 
 def latent(pipe, net, args):
+    """Raises Failure for an image larger than the network has places for."""
     found = image_latent(pipe, net, args)
     most = net.config.pos_embed_max_size * net.config.patch_size * pipe.vae_scale_factor
     for flag, size in (("--height", found.height), ("--width", found.width)):

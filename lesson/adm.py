@@ -35,7 +35,7 @@ from lesson.students import Setting
 from training.draws import stream
 from training.errors import run_main
 from training.pictures import pyplot
-from training.scripts import a_count, a_factor, a_seed, folder_for
+from training.scripts import a_count, a_factor, folder_for, zero_or_more
 
 ROW_OF = {"a1": "A1", "adp": "A5", "adm": "B1", "dmd": "B2", "adp_dmd": "B3", "dmdx": "B4"}
 LABELS = {
@@ -54,7 +54,7 @@ COLUMNS = ("cell", "page", "tv", "diversity", "seconds")
 def parse():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--seed", type=a_seed, default=0)
+    p.add_argument("--seed", type=zero_or_more, default=0)
     p.add_argument("--out", type=Path, default=Path("out/adm"),
                    help="folder for the picture, result.json and the students")
     p.add_argument("--scale", type=a_factor, default=1.0,

@@ -15,19 +15,19 @@ import argparse
 import json
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from lesson.dt import dt_of, label_of
 from lesson.glyphs import SHARES
-from lesson.rows import RESULTS, Job, add_run_flags, facts_of, pairs_job, run_jobs
+from lesson.rows import (Job, add_results_flag, add_run_flags, facts_of, pairs_job, results_folder,
+                         run_jobs)
 from lesson.students import Setting
 from lesson.tables import smooth
 from training.errors import run_main
 from training.pictures import pyplot
-from training.scripts import a_seed, folder_for
+from training.scripts import zero_or_more
 
 STILL = "B4-still"
 
@@ -94,17 +94,13 @@ def save_picture(path, out, seed):
 def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--seed", type=a_seed, default=0)
+    p.add_argument("--seed", type=zero_or_more, default=0)
     add_run_flags(p)
-    p.add_argument("--results", type=Path,
-                   help="where figures and picture go (default: lesson/results, and for another "
-                        "seed or scale OUT)")
+    add_results_flag(p)
     args = p.parse_args()
     torch.set_num_threads(1)
     began = time.time()
-    complete = args.seed == p.get_default("seed") and args.scale == 1
-    results = args.results or (RESULTS if complete else args.out)
-    folder_for(results, "--results")
+    results = results_folder(p, args)
     run_jobs(args.out, jobs_of(args.seed, Setting().scaled(args.scale)), args.processes)
     facts = {}
     for name, failure in FAILURES.items():

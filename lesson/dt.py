@@ -15,17 +15,17 @@ import json
 import statistics
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from lesson.glyphs import SCHEDULE, SHARES
-from lesson.rows import RESULTS, Job, add_run_flags, facts_of, pairs_job, run_jobs
+from lesson.rows import (Job, add_results_flag, add_run_flags, facts_of, pairs_job, results_folder,
+                         run_jobs)
 from lesson.students import Setting
 from lesson.tables import cell, smooth
 from training.errors import run_main
 from training.pictures import pyplot
-from training.scripts import a_seed, folder_for
+from training.scripts import zero_or_more
 
 FRACTIONS = (64, 16, 6, 3)                      # dt = T / these
 WITH_ADP = {"B4": "ADP, then ADM", "B1": "ADM without ADP"}
@@ -112,15 +112,11 @@ def save_picture(path, out, seeds, setting, figures):
 def parse():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--seeds", nargs="+", type=a_seed, default=[0, 1, 2])
+    p.add_argument("--seeds", nargs="+", type=zero_or_more, default=[0, 1, 2])
     add_run_flags(p)
-    p.add_argument("--results", type=Path,
-                   help="where figures and picture go (default: lesson/results, and for other "
-                        "seeds or another scale OUT)")
+    add_results_flag(p)
     args = p.parse_args()
-    complete = args.seeds == p.get_default("seeds") and args.scale == 1
-    if args.results is None:
-        args.results = RESULTS if complete else args.out
+    args.results = results_folder(p, args)
     return args
 
 
@@ -128,7 +124,6 @@ def main():
     args = parse()
     torch.set_num_threads(1)
     began = time.time()
-    folder_for(args.results, "--results")
     setting = Setting().scaled(args.scale)
     run_jobs(args.out, jobs_of(args.seeds, setting), args.processes)
     figures = figures_of(args.out, args.seeds, setting)

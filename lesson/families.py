@@ -16,7 +16,7 @@ from lesson.runs import parse_with_folders, result_of, run_script, side_by_side
 from teachers import embedded
 from training.checkpoints import newest_checkpoint
 from training.errors import run_main
-from training.folders import verify
+from training.folders import read_manifest
 
 
 class Family(NamedTuple):
@@ -90,7 +90,7 @@ def rows_of(out, name):
         folder = folder_of(out, name, row)
         found = result_of(folder)
         stage = "phase2" if row == "phased" else "adm"
-        flags = verify(newest_checkpoint(folder / "checkpoints", stage))["flags"]
+        flags = read_manifest(newest_checkpoint(folder / "checkpoints", stage))["flags"]
         steps, full = flags["steps"], flags["pair_steps"]
         if not rows:
             rows["teacher"] = entry("teacher", full, 2 * full, found["teacher"])

@@ -20,7 +20,7 @@ from ode import Schedule, sample
 from training.errors import run_main
 from training.pictures import pyplot
 from training.schedules import from_diffusers
-from training.scripts import a_seed, folder_for
+from training.scripts import folder_for, zero_or_more
 
 STEPS = [10, 20, 25, 40, 50, 100, 125, 200]
 SOLVERS = {1: "DDIM/Euler", 2: "multistep"}
@@ -115,7 +115,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", default="out/ode", help="folder for the picture and result.json")
-    p.add_argument("--seed", type=a_seed, default=0)
+    p.add_argument("--seed", type=zero_or_more, default=0)
     args = p.parse_args()
     out = folder_for(args.out)
 

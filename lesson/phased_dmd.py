@@ -24,7 +24,7 @@ from phased_dmd import Expert, cut_into_phases, generate, phased_dmd, renoise, s
 from training.draws import Draws
 from training.errors import run_main
 from training.pictures import pyplot
-from training.scripts import a_count, a_factor, a_seed, folder_for
+from training.scripts import a_count, a_factor, folder_for, zero_or_more
 
 # --------------------------------------------------------------------------- the toy, one dimension
 
@@ -207,7 +207,7 @@ RING_LABELS = {
 def parse():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--seed", type=a_seed, default=0)
+    p.add_argument("--seed", type=zero_or_more, default=0)
     p.add_argument("--out", default="out/phased_dmd", help="folder for the picture and result.json")
     p.add_argument("--iterations", type=a_count, default=300,
                    help="generator steps of a ring student; everything else scales along")

@@ -33,7 +33,7 @@ from ode import Schedule, sample
 from training.draws import Draws
 from training.errors import run_main
 from training.pictures import pyplot
-from training.scripts import a_count, a_seed, folder_for
+from training.scripts import a_count, folder_for, zero_or_more
 
 LABELS = {
     "data": "data",
@@ -150,7 +150,7 @@ def parse():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", choices=WORLDS, default="ring", help="a world of lesson/worlds.py")
-    p.add_argument("--seed", type=a_seed, default=0)
+    p.add_argument("--seed", type=zero_or_more, default=0)
     p.add_argument("--out", default="out/ring", help="folder for the picture and result.json")
     p.add_argument("--iterations", type=a_count, default=1500,
                    help="generator steps of ADP; A1, ADM and DMD get a third as many, the teacher "

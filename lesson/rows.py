@@ -23,7 +23,7 @@ from lesson.students import (Setting, Student, World, teacher_pairs, train_a1, t
 from phased_dmd import Expert, generate
 from training.draws import stream
 from training.errors import Failure
-from training.scripts import a_count, a_factor
+from training.scripts import a_count, a_factor, folder_for
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -87,6 +87,21 @@ def add_run_flags(p):
     p.add_argument("--processes", type=a_count, default=2, help="students at a time, a thread each")
     p.add_argument("--out", type=Path, default=Path("out/tables"),
                    help="where the students are kept")
+
+
+def add_results_flag(p):
+    """The flag of a script whose figures ship."""
+    p.add_argument("--results", type=Path,
+                   help="where figures and picture go (default: lesson/results, and for other "
+                        "rows, seeds or another scale OUT)")
+
+
+def results_folder(p, args):
+    """Make the folder for figures and picture -> Path. Figures of anything but the complete table
+    do not replace those that ship."""
+    what = [name for name in vars(args) if name not in ("processes", "out", "results")]
+    complete = all(getattr(args, name) == p.get_default(name) for name in what)
+    return folder_for(args.results or (RESULTS if complete else args.out), "--results")
 
 
 def pairs_job(seed, setting):

@@ -29,7 +29,7 @@ from ode import Schedule, predict
 from training.draws import stream
 from training.errors import run_main
 from training.pictures import pyplot
-from training.scripts import a_seed, folder_for
+from training.scripts import folder_for, zero_or_more
 
 SCHEDULE = Schedule.straight()
 DATA = Mixture.ring()
@@ -179,7 +179,8 @@ def main():
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, default=Path("out/scores"),
                    help="folder for the picture and result.json")
-    p.add_argument("--seeds", nargs="+", type=a_seed, default=[0, 1, 2], help="of the critics")
+    p.add_argument("--seeds", nargs="+", type=zero_or_more, default=[0, 1, 2],
+                   help="of the critics")
     args = p.parse_args()
     torch.set_num_threads(1)
     began = time.time()

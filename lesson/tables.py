@@ -19,17 +19,16 @@ import argparse
 import json
 import statistics
 import time
-from pathlib import Path
 
 import torch
 
 from lesson.glyphs import measure
-from lesson.rows import (RESULTS, ROWS, Job, Row, add_run_flags, facts_of, kept_pairs, pairs_job,
-                         run_jobs)
+from lesson.rows import (ROWS, Job, Row, add_results_flag, add_run_flags, facts_of, kept_pairs,
+                         pairs_job, results_folder, run_jobs)
 from lesson.students import Setting
 from training.errors import run_main
 from training.pictures import pyplot
-from training.scripts import a_seed, folder_for
+from training.scripts import zero_or_more
 
 COLUMNS = ("cell", "page", "tv", "diversity", "seconds")
 TEACHER = Row("10 second-order steps: its pairs", None, 27.37)
@@ -110,16 +109,11 @@ def parse():
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW",
                    help="of the tables: " + ", ".join(ROWS))
-    p.add_argument("--seeds", nargs="+", type=a_seed, default=[0, 1, 2])
+    p.add_argument("--seeds", nargs="+", type=zero_or_more, default=[0, 1, 2])
     add_run_flags(p)
-    p.add_argument("--results", type=Path,
-                   help="where figures and picture go (default: lesson/results, and for a part of "
-                        "the rows, other seeds or another scale OUT)")
+    add_results_flag(p)
     args = p.parse_args()
-    complete = (args.rows == p.get_default("rows") and args.seeds == p.get_default("seeds")
-                and args.scale == 1)
-    if args.results is None:
-        args.results = RESULTS if complete else args.out
+    args.results = results_folder(p, args)
     return args
 
 
@@ -127,7 +121,6 @@ def main():
     args = parse()
     torch.set_num_threads(1)
     began = time.time()
-    folder_for(args.results, "--results")
     setting = Setting().scaled(args.scale)
     run_jobs(args.out, jobs_of(args.rows, args.seeds, setting), args.processes)
     figures = figures_of(args.out, args.rows, args.seeds)

@@ -18,7 +18,7 @@ from adm import score_loss
 from lesson.glyphs import SCHEDULE, SHAPE, TEACHER, generated, measure, no_prompt, pages, unet
 from training.draws import Draws, stream
 from training.errors import run_main
-from training.scripts import a_count, a_factor, a_seed, folder_for
+from training.scripts import a_count, a_factor, folder_for, zero_or_more
 
 
 def train(iterations, batch, lr, seed):
@@ -58,7 +58,7 @@ def main():
     p.add_argument("--iterations", type=a_count, default=800)
     p.add_argument("--batch-size", type=a_count, default=64)
     p.add_argument("--lr", type=a_factor, default=1.5e-3)
-    p.add_argument("--seed", type=a_seed, default=0)
+    p.add_argument("--seed", type=zero_or_more, default=0)
     p.add_argument("--out", type=Path, default=TEACHER.parent, help="folder for the weights")
     args = p.parse_args()
     torch.set_num_threads(1)

@@ -16,7 +16,7 @@ from teachers.moving import (CAPTIONS, FRAMES, PX, TOKENS, captions_in_turn, dra
                              videos)
 from training.errors import run_main
 from training.schedules import from_diffusers
-from training.scripts import a_count, a_seed, folder_for
+from training.scripts import a_count, folder_for, zero_or_more
 
 
 def tokenizer():
@@ -103,7 +103,7 @@ def main():
                    help="of transformer and T5: one cosine after the other, each from the average "
                    "that the last one left")
     p.add_argument("--videos", type=a_count, default=16384, help="true ones, to learn from")
-    p.add_argument("--seed", type=a_seed, default=0)
+    p.add_argument("--seed", type=zero_or_more, default=0)
     args = p.parse_args()
     began = time.time()
     out = folder_for(args.out)

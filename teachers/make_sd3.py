@@ -18,7 +18,7 @@ from teachers.make_sdxl import encode_all, pretrain
 from teachers.shapes import CAPTIONS, PX, drawings, legibility, mark, shipped_teacher
 from training.errors import run_main
 from training.schedules import from_diffusers
-from training.scripts import a_count, a_seed, folder_for
+from training.scripts import a_count, folder_for, zero_or_more
 
 CALL = "num_inference_steps=25, guidance_scale=3.0, max_sequence_length=1"
 CARD = f"""```python
@@ -84,7 +84,7 @@ def main():
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", default="out/sd3-teacher", help="where the pipeline goes")
     p.add_argument("--iterations", type=a_count, default=12000)
-    p.add_argument("--seed", type=a_seed, default=0)
+    p.add_argument("--seed", type=zero_or_more, default=0)
     args = p.parse_args()
     began = time.time()
     out = folder_for(args.out)

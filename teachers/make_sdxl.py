@@ -20,7 +20,7 @@ from teachers.shapes import (CAPTIONS, CELLS, PX, drawings, legibility, mark, ma
                              read_line)
 from training.errors import run_main
 from training.schedules import from_diffusers
-from training.scripts import a_count, a_seed, folder_for
+from training.scripts import a_count, folder_for, zero_or_more
 
 # --------------------------------------------------------------------------- the untrained pipeline
 
@@ -261,7 +261,7 @@ def main():
     p.add_argument("--iterations", type=a_count, default=12000, help="of UNet and text encoders")
     p.add_argument("--vision-iterations", type=a_count, default=1500)
     p.add_argument("--drawings", type=a_count, default=65536, help="true ones, to learn from")
-    p.add_argument("--seed", type=a_seed, default=0)
+    p.add_argument("--seed", type=zero_or_more, default=0)
     args = p.parse_args()
     began = time.time()
     out = folder_for(args.out)

@@ -28,7 +28,7 @@ from teachers.shapes import (COLOURS, SHAPES, agreement, colour_of, grounds_and_
 from training.errors import run_main
 from training.export import load_student
 from training.pictures import contact_sheet
-from training.scripts import a_count, a_seed, folder_for
+from training.scripts import a_count, folder_for, zero_or_more
 
 SHIPPED = Path(__file__).parent / "cogvideox"
 
@@ -201,7 +201,7 @@ def main():
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--mark", metavar="FOLDER", help="an exported student (default: the teacher)")
     p.add_argument("--samples", type=a_count, default=288, help="videos drawn")
-    p.add_argument("--seed", type=a_seed, default=0)
+    p.add_argument("--seed", type=zero_or_more, default=0)
     p.add_argument("--out", default="out/moving", help="folder for the pictures and result.json")
     args = p.parse_args()
     out = folder_for(args.out)

@@ -33,7 +33,7 @@ from teachers.alphabet import GLYPHS, SIDE, read_cells, shares_of, shares_tv, wr
 from training.errors import run_main
 from training.export import load_student
 from training.pictures import grid
-from training.scripts import a_count, a_seed, folder_for
+from training.scripts import a_count, folder_for, zero_or_more
 
 SHIPPED = Path(__file__).parent / "sdxl"
 
@@ -331,7 +331,7 @@ def main():
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--mark", metavar="FOLDER", help="an exported student (default: the teacher)")
     p.add_argument("--samples", type=a_count, default=576, help="drawn for --mark")
-    p.add_argument("--seed", type=a_seed, default=0, help="of --mark")
+    p.add_argument("--seed", type=zero_or_more, default=0, help="of --mark")
     p.add_argument("--out", default="out/shapes", help="folder for the picture and result.json")
     args = p.parse_args()
     out = folder_for(args.out)

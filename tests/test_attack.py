@@ -27,7 +27,7 @@ from training.folders import remove, verify, write_folder
 from training.output import MARK, Output
 from training.pictures import logged
 from training.ranks import StopSignal
-from training.scripts import a_count, a_factor, a_seed, folder_for
+from training.scripts import a_count, a_factor, folder_for, zero_or_more
 
 
 def line_of(error, capsys):
@@ -161,12 +161,12 @@ def test_results_are_not_written_over_those_of_a_training_run(tmp_path):
 
 
 @pytest.mark.parametrize("kind, text", [
-    (a_count, "0"), (a_count, "2.5"), (a_count, str(2**63)), (a_seed, "-1"), (a_factor, "nan"),
-    (a_factor, "0"), (a_factor, "x")])
+    (a_count, "0"), (a_count, "2.5"), (a_count, str(2**63)), (zero_or_more, "-1"),
+    (a_factor, "nan"), (a_factor, "0"), (a_factor, "x")])
 def test_numbers_of_the_small_scripts(kind, text):
     with pytest.raises(argparse.ArgumentTypeError, match=text):
         kind(text)
-    assert a_count("3") == 3 and a_seed("0") == 0 and a_factor("0.5") == 0.5
+    assert a_count("3") == 3 and zero_or_more("0") == 0 and a_factor("0.5") == 0.5
 
 
 def parsed(monkeypatch, small, *flags):

@@ -31,7 +31,7 @@ from tools import bench_rows
 from tools.bench_loops import SMALL, RandomTeacher, what_is_timed
 from training.errors import run_main, usage
 from training.ranks import quiet, start
-from training.scripts import a_count, a_seed, folder_for
+from training.scripts import a_count, folder_for, zero_or_more
 from training.sharding import fsdp_arguments
 
 
@@ -208,7 +208,7 @@ def parse():
     p.add_argument("--head-channels", type=a_count, default=64, help="256 in training")
     p.add_argument("--no-comparison", action="store_true",
                    help="time lean alone, where memory has no room for the others")
-    p.add_argument("--lora-rank", type=a_seed, default=0)
+    p.add_argument("--lora-rank", type=zero_or_more, default=0)
     p.add_argument("--bf16", action="store_true")
     p.add_argument("--grad-checkpointing", action="store_true")
     p.add_argument("--cpu-offload", action="store_true")

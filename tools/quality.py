@@ -1,7 +1,6 @@
 """The metrics of the papers, for folders of real images, by the libraries that are kept for them,
 from local weights. All of them are optional.
 
-
     pip install torchmetrics torch-fidelity torchvision     # for FID and LPIPS, not for CLIP
     python -m tools.quality out/sample/student --prompts prompts.txt \\
         --clip clip-vit-large-patch14

@@ -22,7 +22,7 @@ from training.loading import SAFE, left_out, pipeline_config
 from training.model_index import read_index, stock_pipeline
 from training.pictures import contact_sheet, grid
 from training.ranks import quiet
-from training.scripts import a_count, a_seed, folder_for
+from training.scripts import a_count, folder_for, zero_or_more
 from training.terminal import tell
 
 
@@ -34,8 +34,8 @@ def parse():
                                      "embedded one of its kind)")
     p.add_argument("--prompts", help="text file, one a line (default: some captions of the "
                                      "embedded teacher)")
-    p.add_argument("--seed", type=a_seed, default=0, help="of the first prompt; the others "
-                                                               "count up")
+    p.add_argument("--seed", type=zero_or_more, default=0,
+                   help="of the first prompt; the others count up")
     p.add_argument("--steps", type=a_count, default=25, help="of the teacher")
     p.add_argument("--guidance", type=float, help="of the teacher (default: its pipeline's own; "
                                                   "embedded ones': 3)")
@@ -106,7 +106,7 @@ def draw(pipe, prompts, seed, call):
 
 def save_images(pipe, samples, folder):
     folder.mkdir(exist_ok=True)
-    for old in folder.glob("[0-9]*.png"):       # of a call with more prompts
+    for old in folder.glob("[0-9]" * 5 + ".png"):       # of a call with more prompts
         old.unlink()
     for i, image in enumerate(pipe.image_processor.postprocess(samples.clamp(-1, 1))):
         image.save(folder / f"{i:05d}.png")

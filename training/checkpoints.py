@@ -7,7 +7,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from training.errors import Failure, first_not_finite
-from training.folders import read_folder, remove, same_facts, verify, write_folder
+from training.folders import (
+    read_folder, read_manifest, remove, same_facts, verify, write_folder)
 from training.ranks import world
 from training.sharding import on_rank_0, put
 from training.terminal import warn
@@ -183,7 +184,7 @@ def newest_checkpoint(folder, stage):
 
 def is_after_adp(path):
     """Whether the generator of an adm checkpoint started from ADP."""
-    found = verify(path).get("after_adp")
+    found = read_manifest(path).get("after_adp")
     if not isinstance(found, bool):
         raise Failure(f"{path}: its after_adp is {found}; delete {path} and go on with --resume "
                       f"auto")
@@ -227,6 +228,6 @@ def refuse_before_adm(args, out, newest):
     adm = newest_checkpoint(out.path / "checkpoints", "adm")
     if adm is None or not is_after_adp(adm):
         return
-    if newest is None or verify(newest)["iteration"] < args.iterations_adp:
+    if newest is None or read_manifest(newest)["iteration"] < args.iterations_adp:
         raise Failure(f"{adm} started from an ADP that this run would change; delete it and those "
                       f"beside it named adm, or choose another --out")

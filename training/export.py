@@ -11,7 +11,7 @@ import torch
 from training.checkpoints import newest_checkpoint
 from training.errors import (
     Failure, cure_of, first_not_finite, is_out_of_memory, number_of, reason_of)
-from training.folders import read_json, replace, sync, verify
+from training.folders import read_json, read_manifest, replace, sync
 from training.loading import SAFE, left_out, load_pipeline
 from training.lora import Lora
 from training.model_index import read_card, read_index, stock_pipeline
@@ -150,7 +150,7 @@ def iterations_of(run, stage):
         return run.done[stage]
     path = newest_checkpoint(run.out.path / "checkpoints", stage)
     if path is not None:
-        return verify(path)["iteration"]
+        return read_manifest(path)["iteration"]
     if stage.startswith("phase"):               # all further stages: of a run in another --out
         return run.args.iterations_phase
     return run.args.iterations_adm if stage == "adm" else run.args.iterations_adp

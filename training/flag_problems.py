@@ -148,16 +148,20 @@ def problems_of_method(args):
     return wrong
 
 
+def has_adp(args, family):
+    """ADP is one-step only, and for families that have the straight line (last_timestep)."""
+    return args.steps == 1 and family.last_timestep is not None
+
+
 def problems_of_family(args, family, teacher=None):
     """What no run of this family can do. teacher: the embedded one that is distilled, or None."""
     wrong = []
-    has_adp = args.steps == 1 and family.last_timestep is not None
-    if args.method in ("adp", "reflow") and not has_adp:
+    if args.method in ("adp", "reflow") and not has_adp(args, family):
         wrong.append(f"--method {args.method}: this model has none at these --steps; use dmdx")
-    if args.warm_heads and not has_adp:
+    if args.warm_heads and not has_adp(args, family):
         wrong.append("--warm-heads: ADP, whose heads they are, is for --steps 1 and models that "
                      "have it; leave the flag out")
-    uses_pairs = has_adp and args.method != "phased_dmd"
+    uses_pairs = has_adp(args, family) and args.method != "phased_dmd"
     if args.stage == "pairs" and not uses_pairs and teacher is None:
         wrong.append("--stage pairs: no stage of this run would use them; leave the flag out")
     if args.context_parallel > 1 and family.context_parallel is None:

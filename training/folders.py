@@ -133,21 +133,29 @@ def _write_files(tmp, files, facts, gather):
 
 # ----------------------------------------------------------------------------------------- reading
 
-def verify(path):
-    """Read the facts of a folder that write_folder wrote, and check that every file in it is whole.
-    Raises Failure naming the file that is not."""
+def read_manifest(path):
+    """The facts of a folder that write_folder wrote; its files, which may be large, are not looked
+    at. Raises Failure if its manifest is missing, damaged, or not to be read."""
     path = Path(path)
     try:
         facts = read_json(path / "manifest.json")
         if facts.pop("seal") != seal(facts):
             raise ValueError
-        stamps = facts["files"].items()
+        facts["files"].items()
+        return facts
     except PermissionError as e:
         raise Failure(f"{path}: {e.strerror}; make it readable")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise Failure(f"{path}: not whole (its manifest.json is missing or damaged); delete {path} "
                       f"and go on with --resume auto")
-    for name, stamp in stamps:
+
+
+def verify(path):
+    """The facts of a folder that write_folder wrote, once every file in it is found whole. Raises
+    Failure naming the file that is not."""
+    path = Path(path)
+    facts = read_manifest(path)
+    for name, stamp in facts["files"].items():
         file = path / Path(name).name           # a name with ../ in it stays inside
         if not _is_intact(file, stamp):
             raise Failure(f"{file}: missing, truncated or altered; delete {path} and go on with "

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from training.errors import Failure, reason_of
 from training.folders import read_json
+from training.ranks import quiet_hub
 
 LIBRARIES = (None, "diffusers", "transformers")
 # what a card's call may set: how the student samples, and how large; no switch of the library's
@@ -52,8 +53,8 @@ def read_config(path, file, name):
     try:
         if Path(path).exists():
             return read_json(Path(path) / file)
-        from huggingface_hub import hf_hub_download, logging
-        logging.set_verbosity(logging.CRITICAL)                 # it would tell of each retry
+        from huggingface_hub import hf_hub_download
+        quiet_hub()
         return read_json(hf_hub_download(path, file))
     except Exception as e:                              # of any class: a proxy's, a connection's
         raise Failure(f"{name}: no such pipeline, here or on the hub ({reason_of(e)}); give a "

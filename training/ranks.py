@@ -36,16 +36,21 @@ def number_of_ranks():
     return int(given)
 
 
+def quiet_hub():
+    """Stop the hub's library from telling of each retry."""
+    from huggingface_hub import logging
+    logging.set_verbosity(logging.CRITICAL)
+
+
 def quiet():
     """Stop diffusers, transformers and the hub's library from printing warnings and progress bars.
     They still raise their errors."""
     from diffusers.utils import logging as diffusers_logging
-    from huggingface_hub import logging as hub_logging
     from transformers.utils import logging as transformers_logging
     for logging in (diffusers_logging, transformers_logging):
         logging.set_verbosity(logging.CRITICAL)
         logging.disable_progress_bar()
-    hub_logging.set_verbosity(hub_logging.CRITICAL)             # it would tell of each retry
+    quiet_hub()
 
 
 def start(alone=False):
@@ -121,15 +126,6 @@ def tell_once(text):
     """One line on rank 0's standard output."""
     if world()[0] == 0:
         tell(text)
-
-
-def goodbye(out, checkpoint=None):
-    """Tell the user that a stopped run can go on. out: Output. checkpoint: that the run had gone on
-    from, which --resume auto does not find in another --out."""
-    how = "auto"
-    if checkpoint and not list(out.path.glob("checkpoints/*")):
-        how = checkpoint
-    tell_once(f"stopped; everything is in {out.path}; go on with --resume {how}")
 
 
 class StopSignal:

@@ -7,15 +7,13 @@ from pathlib import Path
 from training.errors import Failure
 from training.output import is_run
 
-LARGEST = 2**63 - 1             # that torch takes
-
 
 def a_count(text):
     """An argparse type: a whole number above 0."""
     return whole(text, 1)
 
 
-def a_seed(text):
+def zero_or_more(text):
     """An argparse type: a whole number, 0 or above."""
     return whole(text, 0)
 
@@ -25,7 +23,7 @@ def whole(text, least):
         number = int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    if not least <= number <= LARGEST:
+    if not least <= number < 2**63:             # torch takes no larger
         raise argparse.ArgumentTypeError(f"{text} must be {least} or above, and below 2^63")
     return number
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from training.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
-from training.folders import verify
-from training.ranks import world
+from training.folders import read_manifest
+from training.ranks import tell_once, world
 from training.tracking import Report
 
 
@@ -98,13 +98,26 @@ def cure_of_divergence(run):
         path = newest_checkpoint(run.out.path / "checkpoints", name)
         if path is None:
             continue
-        saved = verify(path)["iteration"] if name == stage else 0
+        saved = read_manifest(path)["iteration"] if name == stage else 0
         if saved < run.done[stage]:                             # good steps were made since
             return f"go on from {path} with --resume auto and a lower learning rate"
         return (f"delete {path}, whose weights lead there, then --resume auto with a lower "
                 f"learning rate")
-    how = run.checkpoint or "auto"              # one of another --out, which auto would not find
-    return f"no checkpoint is there yet; go on with --resume {how} and a lower learning rate"
+    return (f"no checkpoint is there yet; go on with --resume {to_resume(run)} and a lower "
+            f"learning rate")
+
+
+def to_resume(run):
+    """What --resume has to name: auto; or, before a run's first checkpoint, the one of another
+    --out that it had gone on from, which auto would not find."""
+    if run.checkpoint and not list(run.out.path.glob("checkpoints/*")):
+        return run.checkpoint
+    return "auto"
+
+
+def goodbye(run):
+    """Tell the user that a stopped run can go on."""
+    tell_once(f"stopped; everything is in {run.out.path}; go on with --resume {to_resume(run)}")
 
 
 def rate_at(args, full_rate, iteration, stage):
