@@ -20,7 +20,6 @@ lesson/students.py. Writes adm.png, pages to read with the naked eye and the sha
 them, and result.json. Three seeds and error bars: `python -m lesson.tables`. A shorter first look,
 in the plane: `python -m lesson.ring`.
 """
-import argparse
 import json
 import shutil
 import time
@@ -35,7 +34,7 @@ from lesson.students import Setting
 from training.draws import stream
 from training.errors import run_main
 from training.pictures import pyplot
-from training.scripts import a_count, a_factor, folder_for, zero_or_more
+from training.scripts import a_count, a_factor, folder_for, parser_for, zero_or_more
 
 ROW_OF = {"a1": "A1", "adp": "A5", "adm": "B1", "dmd": "B2", "adp_dmd": "B3", "dmdx": "B4"}
 LABELS = {
@@ -52,8 +51,7 @@ COLUMNS = ("cell", "page", "tv", "diversity", "seconds")
 
 
 def parse():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = parser_for(__doc__)
     p.add_argument("--seed", type=zero_or_more, default=0)
     p.add_argument("--out", type=Path, default=Path("out/adm"),
                    help="folder for the picture, result.json and the students")

@@ -8,7 +8,6 @@
     regression.png      4: the teacher's pages, and what regression answers to the same noise
     steps.png           8: a student of four steps: where it stops, and its jump from there
 """
-import argparse
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ from teachers import shapes
 from training.draws import stream
 from training.errors import run_main
 from training.pictures import grid, pyplot
-from training.scripts import folder_for
+from training.scripts import folder_for, parser_for
 
 SEED = 0
 CAPTIONS = ["a large red circle on blue", "a small yellow triangle on green"]
@@ -91,8 +90,7 @@ def save_steps(path, out, teacher):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = parser_for(__doc__)
     add_run_flags(p)
     p.add_argument("--pictures", type=Path, default=Path("out/chapters"),
                    help="folder for the pictures")

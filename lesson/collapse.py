@@ -11,7 +11,6 @@
 Writes lesson/results/collapse.png and collapse.json: the shares of the eight glyphs, the loss that
 a log shows, legible pages and tv over time. For the failures of the SDXL runs: lesson/gallery.py.
 """
-import argparse
 import json
 import time
 from dataclasses import replace
@@ -27,7 +26,7 @@ from lesson.students import Setting
 from lesson.tables import smooth
 from training.errors import run_main
 from training.pictures import pyplot
-from training.scripts import zero_or_more
+from training.scripts import parser_for, zero_or_more
 
 STILL = "B4-still"
 
@@ -92,8 +91,7 @@ def save_picture(path, out, seed):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = parser_for(__doc__)
     p.add_argument("--seed", type=zero_or_more, default=0)
     add_run_flags(p)
     add_results_flag(p)

@@ -10,7 +10,6 @@ here there are some thousands. hinge is the critic's loss, a mean over the last 
 it cannot tell the two apart, 0 that it always can. Writes lesson/results/dt.json and .png. Students
 that lesson.tables has trained are taken from there.
 """
-import argparse
 import json
 import statistics
 import time
@@ -25,7 +24,7 @@ from lesson.students import Setting
 from lesson.tables import cell, smooth
 from training.errors import run_main
 from training.pictures import pyplot
-from training.scripts import zero_or_more
+from training.scripts import parser_for, zero_or_more
 
 FRACTIONS = (64, 16, 6, 3)                      # dt = T / these
 WITH_ADP = {"B4": "ADP, then ADM", "B1": "ADM without ADP"}
@@ -110,8 +109,7 @@ def save_picture(path, out, seeds, setting, figures):
 
 
 def parse():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = parser_for(__doc__)
     p.add_argument("--seeds", nargs="+", type=zero_or_more, default=[0, 1, 2])
     add_run_flags(p)
     add_results_flag(p)

@@ -7,7 +7,6 @@ Every row is a run of a training script with the flags that stand here and no ot
 lesson/results/families.json. Finished runs are kept: a second call goes on where the first was
 stopped, and the seconds of a run that was stopped are those since.
 """
-import argparse
 import json
 import time
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from teachers import embedded
 from training.checkpoints import newest_checkpoint
 from training.errors import run_main
 from training.folders import read_manifest
+from training.scripts import parser_for
 
 
 class Family(NamedTuple):
@@ -142,8 +142,7 @@ def seconds_of(found):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = parser_for(__doc__)
     p.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES),
                    help="to train; the others' figures stay as they are")
     args, out, results = parse_with_folders(p, "out/families")

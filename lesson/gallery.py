@@ -5,7 +5,6 @@
 Writes lesson/results/gallery.png, four samples of the same noise and all losses of both runs, and
 gallery.json.
 """
-import argparse
 import json
 import time
 from typing import NamedTuple
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 from lesson.runs import ROOT, Job, losses, parse_with_folders, patched, result_of, trained
 from training.errors import run_main
 from training.pictures import pyplot
+from training.scripts import parser_for
 
 FOUR_STEPS = "--steps 4 --ttur 5 --lr-generator 1e-4"                   # as Phased DMD's
 SGTS = f"--method dmd --iterations-adm 80 {FOUR_STEPS}"
@@ -111,8 +111,7 @@ def save_gallery(results, folders):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = parser_for(__doc__)
     args, out, results = parse_with_folders(p, "out/gallery")
     began = time.time()
     save_gallery(results, train_all(out, args.jobs))

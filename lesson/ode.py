@@ -9,7 +9,6 @@
 The score is known in closed form (lesson/worlds.py), so all that is seen here is the solver's own
 error. Twice as many steps halve it at first order, and leave a quarter at second.
 """
-import argparse
 import json
 import math
 
@@ -20,7 +19,7 @@ from ode import Schedule, sample
 from training.errors import run_main
 from training.pictures import pyplot
 from training.schedules import from_diffusers
-from training.scripts import folder_for, zero_or_more
+from training.scripts import folder_for, parser_for, zero_or_more
 
 STEPS = [10, 20, 25, 40, 50, 100, 125, 200]
 SOLVERS = {1: "DDIM/Euler", 2: "multistep"}
@@ -112,8 +111,7 @@ def draw_errors(ax, measured):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = parser_for(__doc__)
     p.add_argument("--out", default="out/ode", help="folder for the picture and result.json")
     p.add_argument("--seed", type=zero_or_more, default=0)
     args = p.parse_args()

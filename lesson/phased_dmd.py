@@ -8,7 +8,6 @@ velocity of x_0's diffusion, and the tempting target "eps - x_s" teaches another
 two phases of two steps beside DMD with stochastic gradient truncation (SGTS), one network for all
 four steps. Writes phased_dmd.png and result.json.
 """
-import argparse
 import json
 import time
 from copy import deepcopy
@@ -24,7 +23,7 @@ from phased_dmd import Expert, cut_into_phases, generate, phased_dmd, renoise, s
 from training.draws import Draws
 from training.errors import run_main
 from training.pictures import pyplot
-from training.scripts import a_count, a_factor, folder_for, zero_or_more
+from training.scripts import a_count, a_factor, folder_for, parser_for, zero_or_more
 
 # --------------------------------------------------------------------------- the toy, one dimension
 
@@ -205,8 +204,7 @@ RING_LABELS = {
 
 
 def parse():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = parser_for(__doc__)
     p.add_argument("--seed", type=zero_or_more, default=0)
     p.add_argument("--out", default="out/phased_dmd", help="folder for the picture and result.json")
     p.add_argument("--iterations", type=a_count, default=300,

@@ -17,7 +17,6 @@ tv is the total variation between histograms of samples and data, precision the 
 within three standard deviations of a mode (lesson/worlds.py). Writes ring.png and result.json,
 which has the share of each mode as well.
 """
-import argparse
 import json
 import math
 import time
@@ -33,7 +32,7 @@ from ode import Schedule, sample
 from training.draws import Draws
 from training.errors import run_main
 from training.pictures import pyplot
-from training.scripts import a_count, folder_for, zero_or_more
+from training.scripts import a_count, folder_for, parser_for, zero_or_more
 
 LABELS = {
     "data": "data",
@@ -147,8 +146,7 @@ def teacher_and_students(data, seed, iterations, batch=256, dt=None):
 
 
 def parse():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = parser_for(__doc__)
     p.add_argument("--data", choices=WORLDS, default="ring", help="a world of lesson/worlds.py")
     p.add_argument("--seed", type=zero_or_more, default=0)
     p.add_argument("--out", default="out/ring", help="folder for the picture and result.json")

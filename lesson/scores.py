@@ -12,7 +12,6 @@ The table says how well that slope agrees with the difference of the scores: the
 them over fresh samples of the student, for several dt and for the number of samples that the
 critic has seen. 1 is DMD's direction, 0 has nothing to do with it.
 """
-import argparse
 import json
 import statistics
 import time
@@ -29,7 +28,7 @@ from ode import Schedule, predict
 from training.draws import stream
 from training.errors import run_main
 from training.pictures import pyplot
-from training.scripts import folder_for, zero_or_more
+from training.scripts import folder_for, parser_for, zero_or_more
 
 SCHEDULE = Schedule.straight()
 DATA = Mixture.ring()
@@ -175,8 +174,7 @@ def save_picture(path, critics):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = parser_for(__doc__)
     p.add_argument("--out", type=Path, default=Path("out/scores"),
                    help="folder for the picture and result.json")
     p.add_argument("--seeds", nargs="+", type=zero_or_more, default=[0, 1, 2],

@@ -15,7 +15,6 @@ cell, page, tv and diversity are defined in lesson/glyphs.py. seconds are the pr
 thread, for training alone; those of a row that follows another include that one's. The paper's
 column is HPSv2 of one-step SDXL.
 """
-import argparse
 import json
 import statistics
 import time
@@ -28,7 +27,7 @@ from lesson.rows import (ROWS, Job, Row, add_results_flag, add_run_flags, facts_
 from lesson.students import Setting
 from training.errors import run_main
 from training.pictures import pyplot
-from training.scripts import zero_or_more
+from training.scripts import parser_for, zero_or_more
 
 COLUMNS = ("cell", "page", "tv", "diversity", "seconds")
 TEACHER = Row("10 second-order steps: its pairs", None, 27.37)
@@ -105,8 +104,7 @@ def save_picture(path, out, rows, seeds, figures):
 
 
 def parse():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = parser_for(__doc__)
     p.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW",
                    help="of the tables: " + ", ".join(ROWS))
     p.add_argument("--seeds", nargs="+", type=zero_or_more, default=[0, 1, 2])

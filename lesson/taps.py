@@ -9,7 +9,6 @@
 The picture shows what the seven heads of the embedded teacher's latent discriminator are given, of
 one drawing at three noise levels.
 """
-import argparse
 import json
 
 import torch
@@ -23,7 +22,7 @@ from training.errors import run_main
 from training.heads import tap_shapes
 from training.pictures import pyplot
 from training.schedules import from_diffusers
-from training.scripts import a_count, folder_for
+from training.scripts import a_count, folder_for, parser_for
 
 CAPTION = "a large red circle on blue"
 TIMES = (100, 400, 800)
@@ -83,8 +82,7 @@ def save_picture(path):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = parser_for(__doc__)
     p.add_argument("--out", default="out/taps", help="folder for the picture and result.json")
     p.add_argument("--hidden", type=a_count, default=256,
                    help="channels inside a head (choice; the paper is silent)")

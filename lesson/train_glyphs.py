@@ -5,7 +5,6 @@
 Writes teachers/glyphs/unet.safetensors (bf16, 1.1 MB) and report.json beside it: what the reader
 says of 1,024 of its pages, by the number of sampling steps.
 """
-import argparse
 import json
 import math
 from copy import deepcopy
@@ -18,7 +17,7 @@ from adm import score_loss
 from lesson.glyphs import SCHEDULE, SHAPE, TEACHER, generated, measure, no_prompt, pages, unet
 from training.draws import Draws, stream
 from training.errors import run_main
-from training.scripts import a_count, a_factor, folder_for, zero_or_more
+from training.scripts import a_count, a_factor, folder_for, parser_for, zero_or_more
 
 
 def train(iterations, batch, lr, seed):
@@ -53,8 +52,7 @@ def train(iterations, batch, lr, seed):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = parser_for(__doc__)
     p.add_argument("--iterations", type=a_count, default=800)
     p.add_argument("--batch-size", type=a_count, default=64)
     p.add_argument("--lr", type=a_factor, default=1.5e-3)

@@ -5,7 +5,6 @@ transformer that predicts v at zero terminal SNR) that draws captioned moving sh
 
 `python -m teachers.moving` marks what comes out.
 """
-import argparse
 import time
 
 import torch
@@ -16,7 +15,7 @@ from teachers.moving import (CAPTIONS, FRAMES, PX, TOKENS, captions_in_turn, dra
                              videos)
 from training.errors import run_main
 from training.schedules import from_diffusers
-from training.scripts import a_count, folder_for, zero_or_more
+from training.scripts import a_count, folder_for, parser_for, zero_or_more
 
 
 def tokenizer():
@@ -95,8 +94,7 @@ def train(pipe, index, latents, iterations, batch=64):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = parser_for(__doc__)
     p.add_argument("--out", default="out/cogvideox-teacher", help="where the pipeline goes")
     p.add_argument("--vae-iterations", type=a_count, default=2500)
     p.add_argument("--iterations", type=a_count, nargs="+", default=[8000, 6000],

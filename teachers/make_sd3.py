@@ -6,7 +6,6 @@
 The small SDXL's VAE and text encoder, a new transformer, and no T5: one empty token stands in its
 place.
 """
-import argparse
 import time
 
 import torch
@@ -18,7 +17,7 @@ from teachers.make_sdxl import encode_all, pretrain
 from teachers.shapes import CAPTIONS, PX, drawings, legibility, mark, shipped_teacher
 from training.errors import run_main
 from training.schedules import from_diffusers
-from training.scripts import a_count, folder_for, zero_or_more
+from training.scripts import a_count, folder_for, parser_for, zero_or_more
 
 CALL = "num_inference_steps=25, guidance_scale=3.0, max_sequence_length=1"
 CARD = f"""```python
@@ -80,8 +79,7 @@ def train(pipe, index, images, iterations, batch=64):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = parser_for(__doc__)
     p.add_argument("--out", default="out/sd3-teacher", help="where the pipeline goes")
     p.add_argument("--iterations", type=a_count, default=12000)
     p.add_argument("--seed", type=zero_or_more, default=0)

@@ -15,7 +15,6 @@ one thing open: the *place*. The shape moves one pixel a frame. So the reader me
 
 The teacher itself is trained by teachers/make_cogvideox.py.
 """
-import argparse
 import itertools
 import json
 import time
@@ -28,7 +27,7 @@ from teachers.shapes import (COLOURS, SHAPES, agreement, colour_of, grounds_and_
 from training.errors import run_main
 from training.export import load_student
 from training.pictures import contact_sheet
-from training.scripts import a_count, folder_for, zero_or_more
+from training.scripts import a_count, folder_for, parser_for, zero_or_more
 
 SHIPPED = Path(__file__).parent / "cogvideox"
 
@@ -197,8 +196,7 @@ def mark_teacher(samples, seed, out):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = parser_for(__doc__)
     p.add_argument("--mark", metavar="FOLDER", help="an exported student (default: the teacher)")
     p.add_argument("--samples", type=a_count, default=288, help="videos drawn")
     p.add_argument("--seed", type=zero_or_more, default=0)

@@ -27,7 +27,7 @@ from training.folders import remove, verify, write_folder
 from training.output import MARK, Output
 from training.pictures import logged
 from training.ranks import StopSignal
-from training.scripts import a_count, a_factor, folder_for, zero_or_more
+from training.scripts import a_count, a_factor, folder_for, parser_for, zero_or_more
 
 
 def line_of(error, capsys):
@@ -167,6 +167,17 @@ def test_numbers_of_the_small_scripts(kind, text):
     with pytest.raises(argparse.ArgumentTypeError, match=text):
         kind(text)
     assert a_count("3") == 3 and zero_or_more("0") == 0 and a_factor("0.5") == 0.5
+
+
+def test_a_wrong_flag_of_a_small_script_is_one_line(monkeypatch, capsys):
+    p = parser_for("What it does.")
+    p.add_argument("--seed", type=zero_or_more)
+    monkeypatch.setattr(sys, "argv", ["lesson/adm.py", "--seed", "-1"])
+    with pytest.raises(SystemExit) as ended:
+        p.parse_args()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("adm.py: error: argument --seed: -1") and said.count("\n") == 1, said
 
 
 def parsed(monkeypatch, small, *flags):

@@ -14,7 +14,6 @@ for each of their two uses, and the gradients that a plain backward() leaves in 
 backbone. That is 17 passes of the network's size where 14 are needed.
 floor: those 14, and the heads', each timed alone, added up.
 """
-import argparse
 import json
 import multiprocessing
 import resource
@@ -31,7 +30,7 @@ from tools import bench_rows
 from tools.bench_loops import SMALL, RandomTeacher, what_is_timed
 from training.errors import run_main, usage
 from training.ranks import quiet, start
-from training.scripts import a_count, folder_for, zero_or_more
+from training.scripts import a_count, folder_for, parser_for, zero_or_more
 from training.sharding import fsdp_arguments
 
 
@@ -192,8 +191,7 @@ def line_of(name, result):
 
 
 def parse():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = parser_for(__doc__)
     p.add_argument("--models", nargs="+", choices=SMALL,
                    help="(None: SDXL, SD3-Medium and CogVideoX-2b)")
     p.add_argument("--full", action="store_true",

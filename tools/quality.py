@@ -11,7 +11,6 @@ from local weights. All of them are optional.
 The last takes the same prompts with other seeds: diversity. Pictures are taken in the order of
 their names; tools/sample.py writes them in the order of its prompts.
 """
-import argparse
 import json
 import os
 import shutil
@@ -23,7 +22,7 @@ import torch
 
 from training.errors import Failure, none_missing, read_prompts, reason_of, run_main
 from training.ranks import quiet
-from training.scripts import folder_for
+from training.scripts import folder_for, parser_for
 
 
 def files_of(folder):
@@ -116,8 +115,7 @@ def lpips_diversity(folders, weights):
 
 def parse():
     """Raises Failure for weights that are not there."""
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = parser_for(__doc__)
     p.add_argument("images", nargs="+", help="folder of pictures; for --lpips one a seed")
     p.add_argument("--prompts", help="text file, one a picture")
     p.add_argument("--clip", metavar="FOLDER", help="a CLIP model of transformers (papers: their "

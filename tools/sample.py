@@ -9,7 +9,6 @@ Writes to --out: samples.png (a row each), student/ and teacher/ with a picture 
 videos: still frames, and GIFs of the first two), and result.json. A student is sampled by the call
 in its model card.
 """
-import argparse
 import json
 import time
 
@@ -22,13 +21,12 @@ from training.loading import SAFE, left_out, pipeline_config
 from training.model_index import read_index, stock_pipeline
 from training.pictures import contact_sheet, grid
 from training.ranks import quiet
-from training.scripts import a_count, folder_for, zero_or_more
+from training.scripts import a_count, folder_for, parser_for, zero_or_more
 from training.terminal import tell
 
 
 def parse():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = parser_for(__doc__)
     p.add_argument("student", help="export/ of a finished run")
     p.add_argument("--teacher", help="local directory or hub id of its teacher (default: the "
                                      "embedded one of its kind)")

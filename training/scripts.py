@@ -1,11 +1,20 @@
-"""What every script beside the training runs shares: the numbers it is given, and the folder of its
+"""What every script beside the training runs shares: the flags it is given, and the folder of its
 results."""
 import argparse
 import math
 from pathlib import Path
 
-from training.errors import Failure
+from training.errors import Failure, usage
 from training.output import is_run
+
+
+def parser_for(doc):
+    """A parser that tells a script's docstring for --help, and an error of the flags in one
+    line."""
+    p = argparse.ArgumentParser(description=doc,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = lambda message: usage([message])
+    return p
 
 
 def a_count(text):
