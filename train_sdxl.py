@@ -27,7 +27,7 @@ import torch
 from adm import Scores, adm, adp, reflow
 from discriminators import Discriminator
 from families.family import of_medium
-from families.vision import load_vision_encoder, vision_taps
+from families.vision import load_vision_encoder, vision_class, vision_taps
 from phased_dmd import Expert, cut_into_phases, phased_dmd
 from teachers import embedded
 from teachers.report import report_of_student
@@ -65,21 +65,21 @@ def run_adp(run, generator, ema, facts):
     torch.manual_seed(args.seed)
     vision = load_vision_encoder(args.pixel_backbone, teacher.device)
     autocast(vision, teacher.device, args.bf16)
-    latent = Discriminator(teacher.family.taps(teacher.backbone), latent_heads(args, teacher))
-    pixel = Discriminator(vision_taps(vision), pixel_heads(args, teacher, vision_taps, vision))
+    D_1 = Discriminator(teacher.family.taps(teacher.backbone), latent_heads(args, teacher))
+    D_2 = Discriminator(vision_taps(vision), pixel_heads(args, teacher, vision_taps, vision))
     decode = teacher.decode
     if args.grad_checkpointing:
         decode = one_by_one(decode)
-        pixel = Discriminator(one_by_one(pixel.taps), pixel.heads)
+        D_2 = Discriminator(one_by_one(D_2.taps), D_2.heads)
     optimizers = (
         Optimizer("generator", generator.parameters(), args.lr_generator_adp, args.clip),
-        Optimizer("latent heads", latent.heads.parameters(), args.lr_discriminator, args.clip),
-        Optimizer("pixel heads", pixel.heads.parameters(), args.lr_discriminator, args.clip))
+        Optimizer("latent heads", D_1.heads.parameters(), args.lr_discriminator, args.clip),
+        Optimizer("pixel heads", D_2.heads.parameters(), args.lr_discriminator, args.clip))
     stage = Stage("adp", args.iterations_adp, ema,
-                  dict(heads=latent.heads, pixel_heads=pixel.heads), optimizers, facts,
+                  dict(heads=D_1.heads, pixel_heads=D_2.heads), optimizers, facts,
                   [Expert(ema.net, teacher.line.stops(1))], teacher.line)
     iteration, _ = begin(run, stage)
-    losses = adp(generator, latent, pixel, decode, optimizers, teacher.schedule,
+    losses = adp(generator, D_1, D_2, decode, optimizers, teacher.schedule,
                  teacher.line, batches, args.iterations_adp, iteration, args.lambdas)
     return follow(run, stage, losses, iteration)
 
@@ -115,8 +115,7 @@ def run_adm(run, generator, ema, schedule, facts):
                   Optimizer("fake score", fake_score.parameters(), args.lr_fake, args.clip),
                   heads_opt)
     stops = schedule.stops(args.steps)
-    # None, and not False: checkpoints of older versions say nothing
-    facts = dict(facts, method=args.method, dt=args.dt, warm_heads=args.warm_heads or None,
+    facts = dict(facts, method=args.method, dt=args.dt, warm_heads=args.warm_heads,
                  cfg_student=args.cfg_student)
     stage = Stage("adm", args.iterations_adm, ema, dict(fake_score=fake_score, **heads),
                   tuple(filter(None, optimizers)), facts, [Expert(ema.net, stops)], schedule,
@@ -137,16 +136,15 @@ def run_dmdx(run):
     generator = trainable(args, teacher, "generator", args.lora_rank)
     ema = EMA(generator, args.ema, partial(prepare, args, device=teacher.device))
     facts = dict(teacher.facts, steps=args.steps, seed=args.seed, **facts_of_loras(args))
-    if run.stages[0] != "adm" and run.reached != "adm":
+    if run.reached == "adm":            # perhaps of another --out, where ADP's checkpoint is not
+        after_adp = is_after_adp(run.checkpoint)
+    elif run.stages[0] == "adm":
+        after_adp = load_finished_adp(run, ema, facts)
+    else:
         pretrain = run_adp if run.stages[0] == "adp" else run_reflow
         if not pretrain(run, generator, ema, facts):
-            goodbye(run)
             return None
         after_adp = True
-    elif run.reached == "adm":          # perhaps of another --out, where ADP's checkpoint is not
-        after_adp = is_after_adp(run.checkpoint)
-    else:
-        after_adp = load_finished_adp(run, ema, facts)
     if args.stage == "adp":
         tell_once("adp is done; go on with the same flags and --resume auto, but --stage adm")
         return None
@@ -155,7 +153,6 @@ def run_dmdx(run):
         if run.reached != "adm":
             ema.restart()               # ADM starts from what ADP's average had become
         if not run_adm(run, generator, ema, schedule, dict(facts, after_adp=after_adp)):
-            goodbye(run)
             return None
     return [Expert(ema.net, schedule.stops(args.steps))], schedule
 
@@ -188,7 +185,6 @@ def run_phases(run):
         if run.reached in run.stages[k:]:
             load_finished_phase(run, f"phase{k}", ema, facts)
         elif not run_phase(run, k, experts, Expert(generator, phase), ema, facts):
-            goodbye(run)
             return None
         experts.append(Expert(ema.net, phase))
     return experts, teacher.schedule
@@ -229,12 +225,11 @@ def load_finished_phase(run, name, ema, facts):
 
 def stages_of(args, family):
     """What this run trains, in order: the names its checkpoints go by."""
+    names = []
     if args.method == "phased_dmd":
         names = [f"phase{k}" for k in range(1, args.phases + 1)]
-        return [] if args.stage == "pairs" else names
-    names = []
-    if has_adp(args, family):
-        names.append("reflow" if args.method == "reflow" else "adp")
+    elif has_adp(args, family):
+        names = ["reflow" if args.method == "reflow" else "adp"]
     if args.method in ("dmdx", "dmd"):
         names.append("adm")
     return [name for name in names if args.stage in ("all", name)]
@@ -282,7 +277,8 @@ def main(doc, medium):
     family = families[pipeline_class(args.model, families)]
     if args.dry_run:
         pipe = load_pipeline(args, families, hollow="all")
-        return dry_run.report(args, pipe, family, args.dry_run)
+        dry_run.report(args, pipe, family, args.dry_run)
+        return
     began = time.time()
     prompts = read_prompts(args.prompts) if args.prompts else shipped.prompts
     look_at = read_prompts(args.look_at, "--look-at") if args.look_at else []
@@ -296,7 +292,7 @@ def main(doc, medium):
     out.clean()
     report = report_of(args, out, stages)       # what its tracker refuses is told now
     if "adp" in stages and reached != "adm":
-        load_vision_encoder(args.pixel_backbone)    # what is wrong with it is told before the pairs
+        vision_class(args.pixel_backbone)       # what is wrong with it is told before the pairs
     teacher = Teacher(args, out, prompts, look_at, device, families)
     run = Run(args, out, teacher, stop, stages, checkpoint, reached, pictures(args, out, teacher),
               report=report)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from discriminators import Taps, to_grid
 from training.errors import Failure, first_not_finite, none_missing, reason_of
 from training.folders import read_json
-from training.ranks import quiet
+from training.terminal import quiet
 
 
 def quarters(layers):
@@ -46,9 +46,9 @@ def vision_taps(net):
     raise ValueError(f"no taps are known for a {kind}; known are SamVisionModel and Dinov2Model")
 
 
-def load_vision_encoder(path, device=None):
-    """The encoder in float32 on `device`; without a device, only look whether it is one. Raises
-    Failure if it is neither a SAM nor a DINOv2, or not whole."""
+def vision_class(path):
+    """transformers' class of the encoder there, by its config alone. Raises Failure if it is
+    neither a SAM nor a DINOv2."""
     quiet()
     from transformers import AutoConfig, Dinov2Model, SamVisionModel
     try:
@@ -61,11 +61,15 @@ def load_vision_encoder(path, device=None):
     classes = {"sam": SamVisionModel, "sam_vision_model": SamVisionModel, "dinov2": Dinov2Model}
     if kind not in classes:
         raise Failure(f"--pixel-backbone {path}: a {kind} model; give a SAM or a DINOv2")
-    if device is None:
-        return None
+    return classes[kind]
+
+
+def load_vision_encoder(path, device):
+    """The encoder in float32 on `device`. Raises Failure if it is neither a SAM nor a DINOv2, or
+    not whole."""
+    kind = vision_class(path)
     try:
-        net, told = classes[kind].from_pretrained(path, use_safetensors=True,
-                                                  output_loading_info=True)
+        net, told = kind.from_pretrained(path, use_safetensors=True, output_loading_info=True)
         none_missing(told["missing_keys"])
         wrong = first_not_finite(net.state_dict())
         if wrong:

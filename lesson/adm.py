@@ -24,17 +24,17 @@ import json
 import shutil
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
-from lesson.glyphs import SCHEDULE, SHARES, measure, pages, shipped_teacher
-from lesson.rows import Job, kept_pairs, load_student, pairs_job, run_jobs, student_pages
+from lesson.glyphs import SCHEDULE, SHARES, measure, pages
+from lesson.rows import (Job, add_run_flags, kept_pairs, load_student, name_of, pairs_job,
+                         run_jobs, student_pages)
 from lesson.students import Setting
 from training.draws import stream
 from training.errors import run_main
 from training.pictures import pyplot
-from training.scripts import a_count, a_factor, folder_for, parser_for, zero_or_more
+from training.scripts import folder_for, parser_for, zero_or_more
 
 ROW_OF = {"a1": "A1", "adp": "A5", "adm": "B1", "dmd": "B2", "adp_dmd": "B3", "dmdx": "B4"}
 LABELS = {
@@ -53,45 +53,40 @@ COLUMNS = ("cell", "page", "tv", "diversity", "seconds")
 def parse():
     p = parser_for(__doc__)
     p.add_argument("--seed", type=zero_or_more, default=0)
-    p.add_argument("--out", type=Path, default=Path("out/adm"),
-                   help="folder for the picture, result.json and the students")
-    p.add_argument("--scale", type=a_factor, default=1.0,
-                   help="all iterations and pairs times this, for a quick look")
+    add_run_flags(p, out="out/adm")
     p.add_argument("--dt", type=int, default=Setting().dt, metavar="TIMES",
                    help="how far below t ADM's discriminator looks, of T = 1000 times")
-    p.add_argument("--processes", type=a_count, default=2, help="students at a time, a thread each")
     args = p.parse_args()
-    if not 1 <= args.dt <= SCHEDULE.T:
-        p.error(f"--dt {args.dt}: must be 1 to {SCHEDULE.T}")
+    if not 1 <= args.dt < SCHEDULE.T:
+        p.error(f"--dt {args.dt}: must be in 1 to {SCHEDULE.T - 1}")
     return args
 
 
 def train_all(args, setting):
     """-> {name: Student}"""
-    folder = args.out / f"seed{args.seed}"
-    shutil.rmtree(folder, ignore_errors=True)   # a demo shows what its code does now
+    if (args.out / "result.json").exists():     # finished: it shows what its code does now
+        shutil.rmtree(args.out / f"seed{args.seed}", ignore_errors=True)
+        (args.out / "result.json").unlink()
     # the first two need no pairs: they are under way while the pairs are collected
     jobs = [pairs_job(args.seed, setting)]
     for row in ("B1", "A5", "B2", "A1", "B4", "B3"):
         jobs.append(Job(row, args.seed, setting))
     run_jobs(args.out, jobs, args.processes)
-    teacher = shipped_teacher()
-    return {name: load_student(folder / row, teacher) for name, row in ROW_OF.items()}
+    return {name: load_student(args.out / name_of(args.seed, row)) for name, row in ROW_OF.items()}
 
 
 def print_table(result):
     print(f"\n{'one step':28s}" + "".join(f"{column:>11s}" for column in COLUMNS))
-    for name, label in LABELS.items():
-        if name in result:
-            figures = [f"{result[name].get(column, 0):11.3f}" for column in COLUMNS[:-1]]
-            print(f"{label:28s}" + "".join(figures) + f"{result[name]['seconds']:11.0f}")
+    for name, found in result.items():
+        figures = "".join(f"{found[column]:11.3f}" for column in COLUMNS[:-1])
+        print(f"{LABELS[name]:28s}{figures}{found['seconds']:11.0f}")
 
 
 def sheet(x, rows, columns):
     """Pages [n,1,12,12] -> one picture of rows x columns of them in [0,1], with a gap between."""
-    x = (x[:rows * columns, 0].clamp(-1, 1) + 1) / 2                            # [6,12,12]
+    x = (x[:rows * columns, 0].clamp(-1, 1) + 1) / 2                            # [n,12,12]
     x = torch.cat([x, x.new_full((rows * columns - len(x), *x.shape[1:]), 0.5)])
-    framed = torch.nn.functional.pad(x, (1, 1, 1, 1), value=0.5)                # [6,14,14]
+    framed = torch.nn.functional.pad(x, (1, 1, 1, 1), value=0.5)                # [n,14,14]
     side = framed.shape[-1]
     return framed.view(rows, columns, side, side).permute(0, 2, 1, 3).reshape(rows * side, -1)
 

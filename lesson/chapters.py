@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from lesson.adm import draw_pages
-from lesson.glyphs import SCHEDULE, SHAPE, no_prompt, shipped_teacher
-from lesson.rows import Job, add_run_flags, kept_pairs, load_student, pairs_job, run_jobs
+from lesson.glyphs import SCHEDULE, SHAPE, no_prompt
+from lesson.rows import (Job, add_run_flags, kept_pairs, load_student, name_of, pairs_job,
+                         run_jobs)
 from lesson.students import FOUR_STEPS, Setting
 from lesson.worlds import Mixture
 from ode import Schedule, predict, sample
@@ -40,8 +41,7 @@ def save_score(path):
         ax.plot(*x_t.T, ".", ms=3, color="0.5")
         ax.plot(*data.means.T, "r+", ms=8)
         if t > 0:
-            times = torch.full((len(x_t),), t)
-            x0_hat, _ = predict(data.network(schedule), schedule, x_t, times, {})
+            x0_hat, _ = predict(data.network(schedule), schedule, x_t, t, {})
             ax.quiver(*x_t.T, *(x0_hat - x_t).T, angles="xy", scale_units="xy", scale=2.5,
                       width=0.003, color="C0")
         ax.set(xlim=(-3, 3), ylim=(-3, 3), xticks=[], yticks=[], aspect="equal", title=f"t = {t}")
@@ -59,10 +59,10 @@ def save_guidance(path):
     grid(path, shown, captions)
 
 
-def save_regression(path, out, teacher):
+def save_regression(path, out):
     """Twelve pages of the teacher's pairs, and the student's answers to the same x_T."""
     x_T, x_0 = kept_pairs(out, SEED)
-    student = load_student(out / f"seed{SEED}" / "A1", teacher).experts[0]
+    student = load_student(out / name_of(SEED, "A1")).experts[0]
     with torch.no_grad():
         answers = sample(student.net, SCHEDULE, x_T[:12], student.stops, no_prompt(12))
     figure, axes = pyplot().subplots(1, 2, figsize=(9, 2.6), layout="constrained")
@@ -74,14 +74,14 @@ def save_regression(path, out, teacher):
 
 
 @torch.no_grad()
-def save_steps(path, out, teacher):
+def save_steps(path, out):
     """x_t at each stop of a four-step student, and its jump x0_hat from there."""
-    student = load_student(out / f"seed{SEED}" / "SGTS", teacher).experts[0]
+    student = load_student(out / name_of(SEED, "SGTS")).experts[0]
     n = 4
     x = torch.randn(n, *SHAPE, generator=stream(3))
     figure, axes = pyplot().subplots(2, 4, figsize=(10, 5.4), layout="constrained")
     for (above, below), t, s in zip(axes.T, FOUR_STEPS, FOUR_STEPS[1:]):
-        jump, eps_hat = predict(student.net, SCHEDULE, x, torch.full((n,), t), no_prompt(n))
+        jump, eps_hat = predict(student.net, SCHEDULE, x, t, no_prompt(n))
         for ax, pages, title in ((above, x, f"x_t, t = {t}"), (below, jump, "its jump, x0_hat")):
             draw_pages(ax, pages, rows=2, columns=2)
             ax.set_title(title)
@@ -100,11 +100,10 @@ def main():
     setting = Setting().scaled(args.scale)
     run_jobs(args.out, [pairs_job(SEED, setting), Job("A1", SEED, setting),
                         Job("SGTS", SEED, setting)], args.processes)
-    teacher = shipped_teacher()
     save_score(args.pictures / "score.png")
     save_guidance(args.pictures / "guidance.png")
-    save_regression(args.pictures / "regression.png", args.out, teacher)
-    save_steps(args.pictures / "steps.png", args.out, teacher)
+    save_regression(args.pictures / "regression.png", args.out)
+    save_steps(args.pictures / "steps.png", args.out)
     print(f"wrote score.png, guidance.png, regression.png and steps.png to {args.pictures}")
 
 

@@ -20,10 +20,10 @@ import torch
 
 from lesson.dt import dt_of, label_of
 from lesson.glyphs import SHARES
-from lesson.rows import (Job, add_results_flag, add_run_flags, facts_of, pairs_job, results_folder,
+from lesson.rows import (Job, add_run_flags, facts_of, name_of, pairs_job, parse_with_results,
                          run_jobs)
 from lesson.students import Setting
-from lesson.tables import smooth
+from lesson.tables import WIDTH, smoothed
 from training.errors import run_main
 from training.pictures import pyplot
 from training.scripts import parser_for, zero_or_more
@@ -31,16 +31,16 @@ from training.scripts import parser_for, zero_or_more
 STILL = "B4-still"
 
 
-class Failure(NamedTuple):
+class Mistake(NamedTuple):
     failed: str                 # label of its file
     healthy: str
     sign: str                   # the loss that shows it, or hides it
 
 
-FAILURES = {
-    "mode dropping": Failure("B2", "B1", "dmd"),
-    "blind critic": Failure("B1-T64", "B1", "discriminator"),
-    "standing still": Failure(STILL, "B4", "discriminator"),
+MISTAKES = {
+    "mode dropping": Mistake("B2", "B1", "dmd"),
+    "blind critic": Mistake("B1-T64", "B1", "discriminator"),
+    "standing still": Mistake(STILL, "B4", "discriminator"),
 }
 
 
@@ -52,11 +52,15 @@ def jobs_of(seed, setting):
             Job("B4", seed, replace(setting, lr_adm=1e-6), STILL)]
 
 
-def history(log):
-    """What was measured on the way -> {name: [value, ...]}."""
+def history(out, seed, label, sign):
+    """A run, as collapse.json has it: {name: [value, ...]} of what was measured on the way, and the
+    means of the loss that is the sign."""
+    log = facts_of(out / name_of(seed, label))["log"]
     watched = [entry for entry in log if "shares" in entry]
-    return {name: [entry[name] for entry in watched]
-            for name in ("iteration", "cell", "page", "tv", "shares")}
+    measured = {name: [entry[name] for entry in watched]
+                for name in ("iteration", "cell", "page", "tv", "shares")}
+    _, means = smoothed(log, sign)
+    return dict(measured, run=label, loss=sign, losses=means)
 
 
 def draw_shares(ax, found, title):
@@ -67,23 +71,20 @@ def draw_shares(ax, found, title):
     ax.set(ylim=(0, 1), title=title)
 
 
-def save_picture(path, out, seed):
-    """A line for each failure: shares of both runs, then the loss, pages and tv of both."""
-    figure, axes = pyplot().subplots(len(FAILURES), 5, figsize=(15, 2.7 * len(FAILURES)),
+def save_picture(path, facts):
+    """A line for each failure: shares of both runs, then the loss, pages and tv of both. facts:
+    {failure: {"healthy", "failed": `history`}}."""
+    figure, axes = pyplot().subplots(len(facts), 5, figsize=(15, 2.7 * len(facts)),
                                      layout="constrained")
-    for (name, failure), line in zip(FAILURES.items(), axes):
-        runs = {"healthy": failure.healthy, name: failure.failed}
-        for ax, (label, file) in zip(line, runs.items()):
-            found = history(facts_of(out / f"seed{seed}" / file)["log"])
-            draw_shares(ax, found, f"{label} ({file}): shares")
-        for (label, file), colour in zip(runs.items(), ("C7", "C3")):
-            log = facts_of(out / f"seed{seed}" / file)["log"]
-            found = history(log)
-            sign = smooth([entry[failure.sign] for entry in log if failure.sign in entry])
-            line[2].plot([20 * k for k in range(len(sign))], sign, color=colour, label=label)
-            line[3].plot(found["iteration"], found["page"], color=colour)
-            line[4].plot(found["iteration"], found["tv"], color=colour)
-        line[2].set_title("hinge" if failure.sign == "discriminator" else "DMD loss")
+    for (name, of_failure), line in zip(facts.items(), axes):
+        runs = {"healthy": of_failure["healthy"], name: of_failure["failed"]}
+        for ax, (label, run), colour in zip(line, runs.items(), ("C7", "C3")):
+            draw_shares(ax, run, f"{label} ({run['run']}): shares")
+            iterations = range(0, WIDTH * len(run["losses"]), WIDTH)
+            line[2].plot(iterations, run["losses"], color=colour, label=label)
+            line[3].plot(run["iteration"], run["page"], color=colour)
+            line[4].plot(run["iteration"], run["tv"], color=colour)
+        line[2].set_title("hinge" if run["loss"] == "discriminator" else "DMD loss")
         line[2].legend(fontsize=7)
         line[3].set(title="legible pages", ylim=(-0.02, 1.02))
         line[4].set(title="tv of shares", ylim=(-0.02, 1.02))
@@ -94,23 +95,17 @@ def main():
     p = parser_for(__doc__)
     p.add_argument("--seed", type=zero_or_more, default=0)
     add_run_flags(p)
-    add_results_flag(p)
-    args = p.parse_args()
+    args = parse_with_results(p)
     torch.set_num_threads(1)
     began = time.time()
-    results = results_folder(p, args)
     run_jobs(args.out, jobs_of(args.seed, Setting().scaled(args.scale)), args.processes)
     facts = {}
-    for name, failure in FAILURES.items():
-        facts[name] = {}
-        for which in ("failed", "healthy"):
-            label = getattr(failure, which)
-            log = facts_of(args.out / f"seed{args.seed}" / label)["log"]
-            losses = smooth([entry[failure.sign] for entry in log if failure.sign in entry])
-            facts[name][which] = dict(history(log), run=label, loss=failure.sign, losses=losses)
-    (results / "collapse.json").write_text(json.dumps(facts, indent=1))
-    save_picture(results / "collapse.png", args.out, args.seed)
-    print(f"wrote {results}/collapse.png and collapse.json ({time.time() - began:.0f} s)")
+    for name, mistake in MISTAKES.items():
+        facts[name] = {which: history(args.out, args.seed, getattr(mistake, which), mistake.sign)
+                       for which in ("failed", "healthy")}
+    (args.results / "collapse.json").write_text(json.dumps(facts, indent=1))
+    save_picture(args.results / "collapse.png", facts)
+    print(f"wrote {args.results}/collapse.png and collapse.json ({time.time() - began:.0f} s)")
 
 
 if __name__ == "__main__":

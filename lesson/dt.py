@@ -18,10 +18,10 @@ from dataclasses import replace
 import torch
 
 from lesson.glyphs import SCHEDULE, SHARES
-from lesson.rows import (Job, add_results_flag, add_run_flags, facts_of, pairs_job, results_folder,
+from lesson.rows import (Job, add_run_flags, facts_of, name_of, pairs_job, parse_with_results,
                          run_jobs)
 from lesson.students import Setting
-from lesson.tables import cell, smooth
+from lesson.tables import cell, smoothed
 from training.errors import run_main
 from training.pictures import pyplot
 from training.scripts import parser_for, zero_or_more
@@ -64,7 +64,7 @@ def figures_of(out, seeds, setting):
         for fraction in FRACTIONS:
             of_dt = {column: [] for column in (*COLUMNS, "shares")}
             for seed in seeds:
-                facts = facts_of(out / f"seed{seed}" / label_of(row, fraction, setting))
+                facts = facts_of(out / name_of(seed, label_of(row, fraction, setting)))
                 of_dt["hinge"].append(last_quarter(facts["log"], "discriminator"))
                 for column in ("cell", "page", "tv", "shares"):
                     of_dt[column].append(facts["measured"][column])
@@ -90,10 +90,8 @@ def save_picture(path, out, seeds, setting, figures):
     for (row, of_row), (hinges, *histograms) in zip(figures.items(), axes):
         for k, (fraction, (dt, of_dt)) in enumerate(zip(FRACTIONS, of_row.items())):
             for seed in seeds:
-                log = facts_of(out / f"seed{seed}" / label_of(row, fraction, setting))["log"]
-                hinge = smooth([entry["discriminator"] for entry in log
-                                if "discriminator" in entry])
-                hinges.plot([20 * i for i in range(len(hinge))], hinge, color=f"C{k}",
+                log = facts_of(out / name_of(seed, label_of(row, fraction, setting)))["log"]
+                hinges.plot(*smoothed(log, "discriminator"), color=f"C{k}",
                             label=dt if seed == seeds[0] else None)
             ax = histograms[k]
             for shares in of_dt["shares"]:
@@ -112,10 +110,7 @@ def parse():
     p = parser_for(__doc__)
     p.add_argument("--seeds", nargs="+", type=zero_or_more, default=[0, 1, 2])
     add_run_flags(p)
-    add_results_flag(p)
-    args = p.parse_args()
-    args.results = results_folder(p, args)
-    return args
+    return parse_with_results(p)
 
 
 def main():

@@ -19,7 +19,9 @@ from training.folders import read_manifest
 from training.scripts import parser_for
 
 
-class Family(NamedTuple):
+class Rows(NamedTuple):
+    """What is trained of one family."""
+    title: str
     teacher: embedded.Embedded
     script: str
     students: dict                  # {row: its flags}
@@ -27,17 +29,17 @@ class Family(NamedTuple):
 
 DMD_OF_VIDEOS = "--method dmd --ttur 5 --iterations-adm 200 --warm-up 0 --lr-generator 5e-5"
 FAMILIES = {
-    "sdxl": Family(embedded.SDXL, "train_sdxl.py", {
+    "sdxl": Rows("SDXL", embedded.SDXL, "train_sdxl.py", {
         "adm": "",
         "dmd": "--method dmd",
         "phased": "--method phased_dmd",
     }),
-    "sd3": Family(embedded.SD3, "train_sdxl.py", {
+    "sd3": Rows("SD3", embedded.SD3, "train_sdxl.py", {
         "adm": "--model teachers/sd3",
         "dmd": "--model teachers/sd3 --method dmd --ttur 5 --iterations-adm 400",
         "phased": "--model teachers/sd3 --method phased_dmd",
     }),
-    "cogvideox": Family(embedded.COGVIDEOX, "train_cogvideox.py", {
+    "cogvideox": Rows("CogVideoX", embedded.COGVIDEOX, "train_cogvideox.py", {
         "adm": "--steps 4",
         "adm_cfg": "--steps 4 --cfg-student 2",
         "dmd": f"--steps 4 {DMD_OF_VIDEOS}",
@@ -47,7 +49,6 @@ FAMILIES = {
         "dmd_2": f"--steps 2 {DMD_OF_VIDEOS}",
     }),
 }
-NAMES = dict(sdxl="SDXL", sd3="SD3", cogvideox="CogVideoX")
 LABELS = dict(adm="ADM", adm_2="ADM", adm_8="ADM", adm_cfg="ADM w/ CFG", dmd="DMD", dmd_2="DMD",
               phased="Phased DMD")
 
@@ -110,7 +111,7 @@ def summary(results):
     """families.json as README.md prints it: one table of markdown."""
     lines = ["| | | steps | accuracy | diversity | seconds |", "|---|---|---|---|---|---|"]
     for name, rows in results.items():
-        title = NAMES[name]
+        title = FAMILIES[name].title
         for found in rows.values():
             lines.append(f"| {title} | {found['label']} | {found['steps']} "
                          f"| {found['accuracy']:.3f} | {found['diversity']:.3f} "
@@ -125,7 +126,7 @@ def table(results):
     parts = []
     for name, rows in results.items():
         columns = FAMILIES[name].teacher.columns
-        lines = [f"| {NAMES[name]} | steps | network evaluations | "
+        lines = [f"| {FAMILIES[name].title} | steps | network evaluations | "
                  + " | ".join(columns.values()) + " | seconds |",
                  "|---" * (4 + len(columns)) + "|"]
         for found in rows.values():

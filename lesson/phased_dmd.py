@@ -17,6 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from adm import Scores
+from lesson.students import average_in, optimizer_of, trainable_copy
 from lesson.worlds import Mixture, closed_form_teacher, share_error, tv_and_precision
 from ode import Schedule, network_output, sample
 from phased_dmd import Expert, cut_into_phases, generate, phased_dmd, renoise, subinterval_loss
@@ -47,15 +48,11 @@ class MLP(nn.Module):
         return (self.layers(torch.cat([x, told], 1)),)
 
 
-def biased_loss(net, schedule, x_s, eps, s, t):
+def biased_loss(net, schedule, x_s, eps, s, t, cond):
     """What one would write first: velocity target eps - x_s, as if x_s were x_0. Its minimiser is
     not the velocity."""
-    output = network_output(net, schedule, renoise(schedule, x_s, eps, s, t), t, {})
+    output = network_output(net, schedule, renoise(schedule, x_s, eps, s, t), t, cond)
     return F.mse_loss(output, eps - x_s)
-
-
-def unbiased_loss(net, schedule, x_s, eps, s, t):
-    return subinterval_loss(net, schedule, x_s, eps, s, t, {})
 
 
 def normal(u):
@@ -64,8 +61,8 @@ def normal(u):
 
 
 def train_velocity(loss_of, s, iterations, seed, batch):
-    """An MLP that learns the velocity on (s, T] from x_s; s = 0: from x_0. loss_of: `unbiased_loss`
-    or `biased_loss`."""
+    """An MLP that learns the velocity on (s, T] from x_s; s = 0: from x_0. loss_of:
+    `subinterval_loss` or `biased_loss`."""
     net = MLP()
     optimizer = torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=0.0, fused=True)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
@@ -76,7 +73,7 @@ def train_velocity(loss_of, s, iterations, seed, batch):
         t = s + 1 + ((TOY_SCHEDULE.T - s) * u[:, 1]).long()
         eps = normal(u[:, 2])
         x_s = TOY_SCHEDULE.add_noise(x_0, normal(u[:, 3]), s)
-        loss_of(net, TOY_SCHEDULE, x_s, eps, s, t).backward()
+        loss_of(net, TOY_SCHEDULE, x_s, eps, s, t, {}).backward()
         optimizer.step()
         optimizer.zero_grad()
         decay.step()
@@ -108,8 +105,8 @@ def toy(seed, iterations, batch=128):
     """
     torch.manual_seed(seed)
     nets = {
-        "full": train_velocity(unbiased_loss, 0, iterations, seed, batch),
-        "unbiased": train_velocity(unbiased_loss, MIDDLE, iterations, seed, batch),
+        "full": train_velocity(subinterval_loss, 0, iterations, seed, batch),
+        "unbiased": train_velocity(subinterval_loss, MIDDLE, iterations, seed, batch),
         "biased": train_velocity(biased_loss, MIDDLE, iterations, seed, batch),
     }
     analytic = TOY.network(TOY_SCHEDULE)
@@ -137,22 +134,18 @@ STOPS = RING_SCHEDULE.stops(4)
 def train_expert(earlier, teacher, stops, draws, iterations, lr):
     """One phase -> the Expert with the EMA of its weights, as in lesson/ring.py. earlier: the
     experts of the phases before it."""
-    net = deepcopy(teacher).requires_grad_(True)
-    fake = deepcopy(teacher).requires_grad_(True)
+    net, fake = trainable_copy(teacher), trainable_copy(teacher)
     average = deepcopy(teacher)
-    optimizers = []
-    for trained, rate in ((net, lr), (fake, 1e-3)):
-        optimizers.append(torch.optim.AdamW(trained.parameters(), rate, betas=(0.0, 0.999),
-                                            weight_decay=0.0, fused=True))
+    optimizers = (optimizer_of(net, lr, beta_2=0.999), optimizer_of(fake, 1e-3, beta_2=0.999))
     for losses in phased_dmd(
             [*earlier, Expert(net, stops)], Scores(fake, teacher, RING_SCHEDULE),
             optimizers=optimizers, guidance=(1.0, 1.0),
             batches=lambda i: [(draws(i), {}, {})], iterations=iterations):
-        torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 0.01)
+        average_in(average, net, 0.01)
     return Expert(average, stops)
 
 
-def ring(data, seed, iterations, lr=5e-4, batch=256, count=50_000):
+def ring(data, seed, iterations, lr, count, batch=256):
     """A teacher of `data`, then its four-step students: name -> samples [count,2].
 
     One phase of four steps is DMD with SGTS; two phases of two get half the iterations each. So
@@ -257,7 +250,7 @@ def main():
 
     data = Mixture.ring()
     reference = data.sample(args.samples, torch.Generator().manual_seed(args.seed))
-    samples = ring(data, args.seed, args.iterations, args.lr, count=args.samples)
+    samples = ring(data, args.seed, args.iterations, args.lr, args.samples)
     result = {}
     for name, x in samples.items():
         result[name] = dict(tv_and_precision(x, data, reference), share_error=share_error(x, data))

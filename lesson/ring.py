@@ -26,6 +26,7 @@ import torch
 
 from adm import Scores, adm, adp, reflow
 from discriminators import Discriminator
+from lesson.students import average_in, optimizer_of, trainable_copy
 from lesson.worlds import (WORLDS, Fourier, NetTaps, closed_form_teacher, mlp_heads, share_error,
                            shares, tv_and_precision)
 from ode import Schedule, sample
@@ -49,27 +50,18 @@ STOPS = LINE.stops(1)                           # of every student
 # ------------------------------------------------------------------------------- the four students
 
 
-def optimizer_of(net, lr):
-    return torch.optim.AdamW(net.parameters(), lr, betas=(0.0, 0.99), weight_decay=0.0, fused=True)
-
-
-def trainable_copy(net):
-    return deepcopy(net).requires_grad_(True)
-
-
 def averaged(net, optimizer, iterations, losses_of_stage):
     """Run a stage to its end -> the EMA of net's weights. A network with an adversary never
     settles: so its rate falls to zero, and its weights are averaged."""
     average = deepcopy(net).requires_grad_(False)
     rate = optimizer.param_groups[0]["lr"]
     for losses in losses_of_stage:
-        with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 0.01)
+        average_in(average, net, 0.01)
         optimizer.param_groups[0]["lr"] = rate * (1 - losses["iteration"] / iterations)
     return average
 
 
-def teacher_pairs(teacher, draws, count=20_000):
+def pair_batches(teacher, draws, count=20_000):
     """The teacher's ODE pairs, as the `batches` of adm.adp."""
     x_T = torch.randn(count, 2)
     with torch.no_grad():
@@ -134,7 +126,7 @@ def teacher_and_students(data, seed, iterations, batch=256, dt=None):
     third = math.ceil(iterations / 3)
     teacher = closed_form_teacher(data, LINE, 5 * third, draws_of(stage=0))
     yield "teacher", teacher, LINE.stops(20)
-    pairs = teacher_pairs(teacher, draws_of(stage=1))
+    pairs = pair_batches(teacher, draws_of(stage=1))
     yield "a1", train_a1(teacher, pairs, third), STOPS
     pretrained = train_adp(teacher, pairs, iterations)
     yield "adp", pretrained, STOPS
@@ -161,8 +153,8 @@ def parse():
                    help="drawn of each for table and picture")
     args = p.parse_args()
     if args.dt is not None:
-        if min(args.dt) < 1 or max(args.dt) > LINE.T:
-            p.error(f"--dt {args.dt}: must be 1 to {LINE.T}")
+        if min(args.dt) < 1 or max(args.dt) >= LINE.T:
+            p.error(f"--dt {args.dt}: must be in 1 to {LINE.T - 1}")
         if len(args.dt) == 1:
             args.dt = args.dt[0]
     return args

@@ -63,12 +63,11 @@ class Job(NamedTuple):
     seed: int
     setting: Setting
     label: str = ""             # of its file, where one row is trained at several settings
-    follows: str = None         # the label it starts from, if the row follows another
     pairs: bool = False         # not a student at all, but the pairs of its seed
 
     @property
     def name(self):
-        return f"seed{self.seed}/{self.label or self.row}".replace(" ", "-")
+        return name_of(self.seed, self.label or self.row)
 
     def needs(self):
         """The names of the jobs that come first."""
@@ -76,32 +75,35 @@ class Job(NamedTuple):
             return []
         row = ROWS[self.row]
         if row.follows:
-            return [f"seed{self.seed}/{self.follows or row.follows}"]
-        return [f"seed{self.seed}/pairs"] if row.pairs else []
+            return [name_of(self.seed, row.follows)]
+        return [name_of(self.seed, "pairs")] if row.pairs else []
 
 
-def add_run_flags(p):
-    """The flags of every script that trains and keeps students."""
+def name_of(seed, label):
+    """Under which name OUT keeps the student of a row, or what else has this label."""
+    return f"seed{seed}/{label}".replace(" ", "-")
+
+
+def add_run_flags(p, out="out/tables"):
+    """The flags of every script that trains and keeps students. out: the default of --out."""
     p.add_argument("--scale", type=a_factor, default=1.0,
                    help="all iterations and pairs times this, for a quick look")
     p.add_argument("--processes", type=a_count, default=2, help="students at a time, a thread each")
-    p.add_argument("--out", type=Path, default=Path("out/tables"),
-                   help="where the students are kept")
+    p.add_argument("--out", type=Path, default=Path(out), help="where the students are kept")
 
 
-def add_results_flag(p):
-    """The flag of a script whose figures ship."""
+def parse_with_results(p):
+    """The command line of a script whose figures ship; args.results is the folder for figures and
+    picture, and is there then. p: its parser, with all other flags. Figures of anything but the
+    complete table do not replace those that ship."""
     p.add_argument("--results", type=Path,
                    help="where figures and picture go (default: lesson/results, and for other "
                         "rows, seeds or another scale OUT)")
-
-
-def results_folder(p, args):
-    """Make the folder for figures and picture -> Path. Figures of anything but the complete table
-    do not replace those that ship."""
+    args = p.parse_args()
     what = [name for name in vars(args) if name not in ("processes", "out", "results")]
     complete = all(getattr(args, name) == p.get_default(name) for name in what)
-    return folder_for(args.results or (RESULTS if complete else args.out), "--results")
+    args.results = folder_for(args.results or (RESULTS if complete else args.out), "--results")
+    return args
 
 
 def pairs_job(seed, setting):
@@ -130,8 +132,8 @@ def of_prefix(tensors, prefix):
             if name.startswith(prefix)}
 
 
-def load_student(path, teacher):
-    """-> Student. teacher: gives the networks their shape."""
+def load_student(path):
+    """-> Student."""
     facts = json.loads(Path(f"{path}.json").read_text())
     tensors = load_file(f"{path}.safetensors")
     experts = []
@@ -141,7 +143,7 @@ def load_student(path, teacher):
         experts.append(Expert(net, stops))
     heads = None
     if of_prefix(tensors, "heads."):
-        heads = latent_discriminator(teacher).heads
+        heads = latent_discriminator(net).heads
         heads.load_state_dict(of_prefix(tensors, "heads."))
     return Student(experts, heads, facts["log"], facts["seconds"])
 
@@ -156,7 +158,7 @@ def student_pages(student, count):
 
 def kept_pairs(out, seed):
     """The teacher's ODE pairs (x_T, x_0) of a seed, each [pairs,1,12,12]."""
-    tensors = load_file(out / f"seed{seed}" / "pairs.safetensors")
+    tensors = load_file(f"{out / name_of(seed, 'pairs')}.safetensors")
     return tensors["x_T"], tensors["x_0"]
 
 
@@ -169,17 +171,15 @@ def facts_of(path):
 
 
 def is_finished(out, job):
-    """Whether OUT has the job's result, made at this very setting."""
-    return facts_of(out / job.name).get("setting") == asdict(job.setting)
-
-
-def refuse_another_setting(out, job):
-    """Raises Failure where a job would replace what was kept of another setting: an hour's work,
-    if this is a quick look."""
+    """Whether OUT has the job's result. Raises Failure for one of another setting, which the job
+    would replace: an hour's work, if this is a quick look."""
     setting = facts_of(out / job.name).get("setting")
-    if setting is not None and setting != asdict(job.setting):
+    if setting is None:
+        return False
+    if setting != asdict(job.setting):
         raise Failure(f"--out {out}: its {job.name} was made at another setting; choose another "
                       f"folder, or delete that")
+    return True
 
 
 def run_job(out, job):
@@ -199,7 +199,7 @@ def run_job(out, job):
     world = World(teacher, pairs, job.setting, job.seed)
     further = {}
     if row.follows:
-        further["after"] = load_student(out / job.needs()[0], teacher)
+        further["after"] = load_student(out / job.needs()[0])
     student = row.train(world, **further)
     measured = measure(student_pages(student, job.setting.count))
     save_student(path, student, dict(facts, measured=measured))
@@ -217,8 +217,6 @@ def run_jobs(out, jobs, processes):
     """All jobs in the order given, `processes` at a time (1: in this process). One that needs
     another waits for it. Those that OUT has already are not made again."""
     began = time.time()
-    for job in jobs:
-        refuse_another_setting(out, job)
     finished = {job.name for job in jobs if is_finished(out, job)}
     waiting = [job for job in jobs if job.name not in finished]
     if processes == 1:

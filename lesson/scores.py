@@ -41,8 +41,7 @@ POINT = torch.tensor([[0.85, 0.75]])             # the one x_t of the picture
 
 def pairs_at(x_t):
     """((x0_hat, eps_hat) of the student's score, of the data's) at x_t [B,2] and TIME."""
-    t = torch.full((len(x_t),), TIME)
-    return [predict(world.network(SCHEDULE), SCHEDULE, x_t, t, {}) for world in (STUDENT, DATA)]
+    return [predict(world.network(SCHEDULE), SCHEDULE, x_t, TIME, {}) for world in (STUDENT, DATA)]
 
 
 def noised(n, generator):

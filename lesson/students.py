@@ -119,17 +119,16 @@ def average_in(average, net, weight):
     torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), weight)
 
 
-def averaged(net, optimizer, iterations, losses_of_stage, ema, watch=0, count=256):
+def averaged(net, optimizer, iterations, losses_of_stage, setting, watch=0):
     """Run a stage to its end -> (the EMA of net's weights, log, seconds). The rate falls to zero
     and the weights are averaged: a network with an adversary never settles. The average is shorter
     at first, so that it forgets where the student started.
 
-    watch: how often in all the average is measured on the way.
-    count: pages that are read each time.
+    watch: how often in all the average is measured on the way, on 256 pages.
     """
     average = deepcopy(net).requires_grad_(False)
     rate = optimizer.param_groups[0]["lr"]
-    x_T = torch.randn(count, *SHAPE, generator=stream(5))
+    x_T = torch.randn(min(256, setting.count), *SHAPE, generator=stream(5))
     watched = {round(iterations * (k + 1) / watch) for k in range(watch)}
     log = []
     if watch:
@@ -138,7 +137,7 @@ def averaged(net, optimizer, iterations, losses_of_stage, ema, watch=0, count=25
     began = time.thread_time()
     for losses in losses_of_stage:
         k = losses["iteration"]
-        average_in(average, net, 1 - min(ema, (k + 1) / (k + 10)))
+        average_in(average, net, 1 - min(setting.ema, (k + 1) / (k + 10)))
         optimizer.param_groups[0]["lr"] = rate * (1 - k / iterations)
         log.append({name: round(float(value), 4) for name, value in losses.items()})
         log[-1]["iteration"] = k
@@ -157,7 +156,7 @@ def train_a1(world):
     net = trainable_copy(world.teacher)
     optimizer = optimizer_of(net, setting.lr_a1)
     losses = reflow(net, optimizer, SCHEDULE, pair_batches(world, A1), setting.iterations_a1)
-    average, log, seconds = averaged(net, optimizer, setting.iterations_a1, losses, setting.ema)
+    average, log, seconds = averaged(net, optimizer, setting.iterations_a1, losses, setting)
     return Student([Expert(average, ONE_STEP)], None, log, seconds)
 
 
@@ -173,12 +172,11 @@ def train_adp(world, backbone=None, weights=(0.85, 0.15)):
     losses = adp(net, D_1=latent, D_2=pixel, decode=lambda x: x, optimizers=optimizers,
                  schedule=SCHEDULE, line=SCHEDULE, batches=pair_batches(world, ADP),
                  iterations=setting.iterations_adp, weights=weights)
-    average, log, seconds = averaged(net, optimizers[0], setting.iterations_adp, losses,
-                                     setting.ema)
+    average, log, seconds = averaged(net, optimizers[0], setting.iterations_adp, losses, setting)
     return Student([Expert(average, ONE_STEP)], latent.heads, log, seconds)
 
 
-def train_matching(world, judge, after=None, ttur=1, watch=WATCHED):
+def train_matching(world, judge, after=None, ttur=1):
     """ADM or DMD. judge: "adm" or "dmd". after: ADP's Student to start from; None: the teacher."""
     setting = world.setting
     torch.manual_seed(world.seed + 1)
@@ -202,8 +200,7 @@ def train_matching(world, judge, after=None, ttur=1, watch=WATCHED):
     losses = adm(net, Scores(fake, world.teacher, SCHEDULE), discriminator, optimizers=optimizers,
                  student_schedule=SCHEDULE, stops=ONE_STEP, guidance=(1.0, 1.0),
                  batches=noise_batches(world, ADM, batch), iterations=iterations, ttur=ttur, dt=dt)
-    average, log, seconds = averaged(net, optimizers[0], iterations, losses, setting.ema, watch,
-                                     count=min(256, setting.count))
+    average, log, seconds = averaged(net, optimizers[0], iterations, losses, setting, WATCHED)
     seconds += after.seconds if after is not None else 0
     return Student([Expert(average, ONE_STEP)], None, log, seconds)
 
@@ -222,7 +219,7 @@ def train_phased(world, boundaries):
                             optimizers=optimizers, guidance=(1.0, 1.0),
                             batches=noise_batches(world, PHASED + k, setting.batch),
                             iterations=iterations)
-        average, log, seconds = averaged(net, optimizers[0], iterations, losses, setting.ema)
+        average, log, seconds = averaged(net, optimizers[0], iterations, losses, setting)
         experts.append(Expert(average, stops))
         all_logs += log
         all_seconds += seconds

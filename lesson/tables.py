@@ -22,14 +22,15 @@ import time
 import torch
 
 from lesson.glyphs import measure
-from lesson.rows import (ROWS, Job, Row, add_results_flag, add_run_flags, facts_of, kept_pairs,
-                         pairs_job, results_folder, run_jobs)
+from lesson.rows import (ROWS, Job, Row, add_run_flags, facts_of, kept_pairs, name_of, pairs_job,
+                         parse_with_results, run_jobs)
 from lesson.students import Setting
 from training.errors import run_main
 from training.pictures import pyplot
 from training.scripts import parser_for, zero_or_more
 
 COLUMNS = ("cell", "page", "tv", "diversity", "seconds")
+WIDTH = 20                  # iterations, of which a point of a curve is the mean
 TEACHER = Row("10 second-order steps: its pairs", None, 27.37)
 
 
@@ -48,7 +49,7 @@ def figures_of(out, rows, seeds):
     """{row: {column: [its value for each seed]}}, the teacher's first: that of its ODE pairs."""
     found = {"teacher": [dict(measure(kept_pairs(out, seed)[1]), seconds=0.0) for seed in seeds]}
     for name in sorted(rows):
-        facts = [facts_of(out / Job(name, seed, None).name) for seed in seeds]
+        facts = [facts_of(out / name_of(seed, name)) for seed in seeds]
         found[name] = [dict(of_seed["measured"], seconds=of_seed["seconds"]) for of_seed in facts]
     figures = {}
     for name, of_seeds in found.items():
@@ -76,9 +77,11 @@ def table(figures):
     return "\n".join(lines)
 
 
-def smooth(values, width=20):
-    """Means over `width` values in a row."""
-    return [statistics.mean(values[k:k + width]) for k in range(0, len(values), width)]
+def smoothed(log, name):
+    """A loss of a log, in means over WIDTH iterations -> (iterations, means)."""
+    values = [entry[name] for entry in log if name in entry]
+    starts = range(0, len(values), WIDTH)
+    return starts, [statistics.mean(values[k:k + WIDTH]) for k in starts]
 
 
 def save_picture(path, out, rows, seeds, figures):
@@ -94,9 +97,8 @@ def save_picture(path, out, rows, seeds, figures):
         ax.grid(alpha=0.3)
     for k, name in enumerate(name for name in ("B1", "B4", "TTUR 8") if name in rows):
         for seed in seeds:
-            log = facts_of(out / Job(name, seed, None).name)["log"]
-            dmd = smooth([entry["dmd"] for entry in log if "dmd" in entry])
-            recorded.plot([20 * i for i in range(len(dmd))], dmd, color=f"C{k}", alpha=0.7,
+            log = facts_of(out / name_of(seed, name))["log"]
+            recorded.plot(*smoothed(log, "dmd"), color=f"C{k}", alpha=0.7,
                           label=name if seed == seeds[0] else None)
         recorded.legend()
     recorded.set(title="DMD loss during ADM (Fig. 3)", xlabel="iteration", yscale="log")
@@ -109,10 +111,7 @@ def parse():
                    help="of the tables: " + ", ".join(ROWS))
     p.add_argument("--seeds", nargs="+", type=zero_or_more, default=[0, 1, 2])
     add_run_flags(p)
-    add_results_flag(p)
-    args = p.parse_args()
-    args.results = results_folder(p, args)
-    return args
+    return parse_with_results(p)
 
 
 def main():

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from adm import score_loss
 from lesson.glyphs import SCHEDULE, SHAPE, TEACHER, generated, measure, no_prompt, pages, unet
+from lesson.students import average_in
 from training.draws import Draws, stream
 from training.errors import run_main
 from training.scripts import a_count, a_factor, folder_for, parser_for, zero_or_more
@@ -44,8 +45,7 @@ def train(iterations, batch, lr, seed):
         optimizer.zero_grad()
         decay.step()
         weight = 1 - min(0.998, (i + 1) / (i + 10))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), weight)
+        average_in(average, net, weight)
         if (i + 1) % 100 == 0:
             print(f"{i + 1:5d}   loss {loss:.3f}", flush=True)
     return average

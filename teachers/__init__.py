@@ -1,1 +1,1 @@
-"""The trained weights that ship, the world they draw, and the scripts that trained them."""
+"""The trained weights that ship, the worlds they draw, and the scripts that trained them."""

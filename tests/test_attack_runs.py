@@ -197,7 +197,7 @@ def test_a_warm_start(small, folder):
     resumed = command(small, out, *WARM, "--resume", "auto")
     killed("after", "adm-00000002", *resumed)
     failed(train(small, out, *WARM, "--no-warm-heads", "--resume", "auto"), 1,
-           "its warm_heads is True, this run's is None")
+           "its warm_heads is True, this run's is False")
     succeeded(Run(*resumed).wait())
     same(weights(out), weights(whole), rtol=0, atol=0)
     elsewhere = folder / "elsewhere"            # where no checkpoint of ADP is

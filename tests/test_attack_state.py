@@ -142,14 +142,14 @@ def without(moments, *keys):
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda m: {}, "has no 0.step"),
-    (lambda m: without(m, "1.step", "1.exp_avg", "1.exp_avg_sq"), "has no 1.step"),
-    (lambda m: without(m, "0.exp_avg_sq"), "has no 0.exp_avg_sq"),
-    (lambda m: m | {"0.a.b": torch.zeros(2, 3)}, "has 0.a.b of shape"),
-    (lambda m: m | {"99999.step": torch.zeros(())}, "has 99999.step of shape"),
-    (lambda m: m | {"0.step": torch.zeros(7, 3)}, r"has 0.step of shape \[7, 3\]"),
+    (lambda m: {}, "net.0.exp_avg_sq is missing there"),
+    (lambda m: without(m, "1.step", "1.exp_avg", "1.exp_avg_sq"), "1.exp_avg_sq is missing"),
+    (lambda m: without(m, "0.exp_avg_sq"), "net.0.exp_avg_sq is missing there"),
+    (lambda m: m | {"0.a.b": torch.zeros(2, 3)}, r"net.0.a.b is \[2, 3\] there"),
+    (lambda m: m | {"99999.step": torch.zeros(())}, r"net.99999.step is \[\] there"),
+    (lambda m: m | {"0.step": torch.zeros(7, 3)}, r"net.0.step is \[7, 3\] there"),
     (lambda m: m | {"0.step": torch.tensor(float("nan"))}, "0.step of .* is not finite"),
-    (lambda m: m | {"0.exp_avg_sq": torch.zeros(2, 3, dtype=torch.int8)}, "type torch.int8")])
+    (lambda m: m | {"0.exp_avg_sq": torch.zeros(2, 3, dtype=torch.int8)}, "is torch.int8 there")])
 def test_moments_that_are_not_whole(checkpoint, change, words):
     name = "optimizer_net.safetensors"
     files = {file.name: load_file(file) for file in checkpoint.glob("*.safetensors")}

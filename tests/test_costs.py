@@ -94,7 +94,7 @@ def test_bytes_kept_for_the_backward_pass_are_those_of_a_real_one(recompute):
 
         def forward():
             return net(x, timestep=t, **cond).sample
-        found.append(saved_bytes(forward, [net], recompute))
+        found.append(saved_bytes(forward, net, recompute))
     assert found[0] == found[1] > 10_000, found
 
 

@@ -92,6 +92,12 @@ def test_the_demo_writes_its_result(monkeypatch, tmp_path, capsys):
         assert lesson.adm.LABELS[name] in printed
     assert (tmp_path / "adm.png").stat().st_size > 10_000
 
+    call(lesson.adm, monkeypatch, "--out", tmp_path, "--dt", "8")
+    assert "seed0/B4" in capsys.readouterr().out, "what was finished is made anew"
+    (tmp_path / "result.json").unlink()
+    call(lesson.adm, monkeypatch, "--out", tmp_path, "--dt", "8")
+    assert "seed0/B4" not in capsys.readouterr().out, "what was stopped goes on"
+
 
 def test_tables_dt_and_collapse_share_students(monkeypatch, tmp_path, capsys):
     call(lesson.tables, monkeypatch, "--out", tmp_path, "--seeds", "0")
@@ -177,11 +183,8 @@ def test_direction_is_the_difference_of_the_scores():
 
 def test_a_kept_student_is_the_one_that_was_trained(tmp_path):
     """And the same seed trains the same student again."""
-    from lesson.glyphs import shipped_teacher
     job = Job("B2", 3, Setting().scaled(0.001))
     run_jobs(tmp_path / "a", [job], 1)
     run_jobs(tmp_path / "b", [job], 1)
-    teacher = shipped_teacher()
-    a, b = (student_pages(load_student(tmp_path / name / job.name, teacher), 8)
-            for name in ("a", "b"))
+    a, b = (student_pages(load_student(tmp_path / name / job.name), 8) for name in ("a", "b"))
     assert torch.equal(a, b) and a.std() > 0.1

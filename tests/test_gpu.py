@@ -19,7 +19,7 @@ from cli import Run, succeeded
 from families import cogvideox, qwen, sd3, sdxl, wan
 from teachers import make_sdxl
 from training import context_parallel, networks, threads
-from training.checkpoints import load_checkpoint, save_checkpoint
+from training.checkpoints import save_checkpoint
 from training.context_parallel import Group, real_runs, without_padding
 from training.folders import write_folder
 from training.lora import Lora, active, at_work
@@ -62,22 +62,6 @@ def test_without_momentum_half_of_the_state_is_kept():
     steps(net, optimizer)
     for p in net.parameters():
         assert optimizer.adam.state[p].keys() == {"step", "exp_avg_sq"}
-
-
-def test_a_checkpoint_of_a_first_moment_is_gone_on_from(tmp_path):
-    """Of an older version: the first moment in it is passed over."""
-    net, other = small_net(), small_net()
-    optimizer, again = (Optimizer("net", n.parameters(), 1e-2, 0) for n in (net, other))
-    steps(net, optimizer)
-    for p in net.parameters():
-        optimizer.adam.state[p]["exp_avg"] = torch.ones_like(p)
-    facts = dict(stage="adm", iteration=4, global_iter=4)
-    save_checkpoint(tmp_path / "checkpoints", facts, dict(net=net), [optimizer])
-    load_checkpoint(tmp_path / "checkpoints" / "adm-00000004", dict(stage="adm"), dict(net=other),
-                    [again])
-    for p, q in zip(net.parameters(), other.parameters()):
-        assert torch.equal(p, q) and "exp_avg" not in again.adam.state[q]
-        assert torch.equal(again.adam.state[q]["exp_avg_sq"], optimizer.adam.state[p]["exp_avg_sq"])
 
 
 TWO_RANKS = """
@@ -265,12 +249,12 @@ def test_the_empty_prompt_is_encoded_only_if_it_is_wanted(monkeypatch, name):
 
 def test_pairs_are_read_as_they_are_needed(tmp_path):
     torch.manual_seed(0)
-    shards = [torch.randn(training.teacher.SHARD, 2), torch.randn(7, 2)]
+    shards = [torch.randn(training.teacher.PER_FILE, 2), torch.randn(7, 2)]
     files = []
     for k, shard in enumerate(shards):
         write_folder(tmp_path / str(k), {"pairs.safetensors": dict(x_T=shard)}, {})
         files.append(training.folders.open_tensors(tmp_path / str(k), {}, "pairs.safetensors"))
-    whole, count = torch.cat(shards), training.teacher.SHARD + 5
+    whole, count = torch.cat(shards), training.teacher.PER_FILE + 5
     found = OnDisk(files, "x_T", count)
     index = torch.tensor([260, 0, 255, 256, 260])
     assert len(found) == count and torch.equal(found[index], whole[index])

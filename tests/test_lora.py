@@ -124,7 +124,7 @@ def test_a_fresh_adapter_changes_nothing_and_all_stay_trainable():
 
 def test_the_average_of_an_adapter():
     net = lora(unet(), "a", 1)
-    average, start = EMA(net, 0.9), [p.clone() for p in net.parameters()]
+    average, start = EMA(net, 0.9, None), [p.clone() for p in net.parameters()]
     with torch.no_grad():
         for p in net.parameters():
             p.add_(1.0)

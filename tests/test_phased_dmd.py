@@ -100,7 +100,7 @@ def test_the_biased_targets_minimiser_is_another():
         return (torch.zeros_like(x),)
 
     x_s, eps = torch.randn(5, 1), torch.randn(5, 1)
-    found = biased_loss(says_zero, schedule, x_s, eps, s, torch.full((5,), t))
+    found = biased_loss(says_zero, schedule, x_s, eps, s, torch.full((5,), t), {})
     assert_close(found, (eps - x_s).square().mean())
 
 

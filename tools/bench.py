@@ -28,10 +28,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tools import bench_rows
 from tools.bench_loops import SMALL, RandomTeacher, what_is_timed
-from training.errors import run_main, usage
-from training.ranks import quiet, start
+from training.errors import run_main
+from training.ranks import start
 from training.scripts import a_count, folder_for, parser_for, zero_or_more
 from training.sharding import fsdp_arguments
+from training.terminal import quiet
 
 
 # ------------------------------------------------------------------------------------ the timing
@@ -217,9 +218,8 @@ def parse():
     args.lora_alpha = None
     args.rows = args.models is None and (args.full or args.pretend)
     args.models = args.models or ["SDXL", "SD3-Medium", "CogVideoX-2b"]
-    not_sdxl = args.stage == "adp" and args.models != ["SDXL"]
-    if not_sdxl:
-        usage(["--stage adp: for --models SDXL alone"])
+    if args.stage == "adp" and args.models != ["SDXL"]:
+        p.error("--stage adp: for --models SDXL alone")
     return args
 
 

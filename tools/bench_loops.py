@@ -6,7 +6,6 @@ import torch
 
 from adm import Scores, adm, adp, algorithm_1
 from discriminators import Discriminator
-from families.family import of_medium
 from families.vision import vision_taps
 from ode import Schedule
 from tools.passes import blank_prompt, passes
@@ -72,7 +71,7 @@ class RandomTeacher:
         self.backbone = net
         self.device = device
         self.fsdp = fsdp
-        self.family = family_of(model.pipeline)
+        self.family = model.family
 
     def uncond(self, n):
         """Conditioning for n samples."""
@@ -83,10 +82,6 @@ class RandomTeacher:
             cond["image_rotary_emb"] = (torch.ones(length, 64, device=self.device),
                                         torch.zeros(length, 64, device=self.device))
         return cond
-
-
-def family_of(pipeline):
-    return (of_medium("image") | of_medium("video"))[pipeline]
 
 
 def random_vae(full):

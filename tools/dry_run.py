@@ -200,9 +200,7 @@ def print_table(found, args):
 def simulated_stages(args, medium):
     """Every stage of this run on a pretended GPU, in a process of its own -> see simulate.simulate.
     Raises OSError, with the reason, where that is not possible."""
-    path = str(ROOT)
-    if "PYTHONPATH" in os.environ:
-        path += os.pathsep + os.environ["PYTHONPATH"]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run([sys.executable, "-P", "-m", "tools.simulate", medium],
                           input=json.dumps(vars(args)), capture_output=True, text=True,
                           env=dict(os.environ, PYTHONPATH=path))
@@ -252,7 +250,7 @@ def print_disk(args, rows, latent):
 
 
 def report(args, pipe, family, ranks):
-    """Print what a run with these flags takes -> dict of its sums.
+    """Print what a run with these flags takes.
 
     pipe: the pipeline, all of its weights on the meta device. family: its Family. ranks: GPUs.
     """
@@ -269,5 +267,3 @@ def report(args, pipe, family, ranks):
         print_stages(args, simulated_stages(args, family.medium))
     except OSError as e:
         warn(f"the stages are not simulated: {e}")
-    return dict(parameters=found.rows[0].parameters, device_bytes=found.device(),
-                host_bytes=found.offloaded, flop=sum(found.work.values()))

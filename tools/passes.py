@@ -1,6 +1,7 @@
 """The network passes of an iteration of ADM, each alone: what to run, the operations it takes, and
 the bytes it keeps for its backward pass. On the meta device it takes no memory and no weights."""
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -59,12 +60,6 @@ def passes(generator, fake_score, real_score, discriminator, x, t, cond, uncond)
     def generator_samples():
         output(generator, x)
 
-    def fake_score_learns():
-        learn(fake_score)
-
-    def generator_learns():
-        learn(generator)
-
     def input_gradient_of_fake_score():
         start = start_of_graph(x)
         with frozen(fake_score):
@@ -92,8 +87,8 @@ def passes(generator, fake_score, real_score, discriminator, x, t, cond, uncond)
         torch.autograd.grad(heads(starts).mean(), starts)
         hinge_discriminator(heads(maps), heads(maps)).backward()
 
-    return {"G samples for f": generator_samples, "f learns": fake_score_learns,
-            "G, forward and backward": generator_learns,
+    return {"G samples for f": generator_samples, "f learns": partial(learn, fake_score),
+            "G, forward and backward": partial(learn, generator),
             "f, gradient of its input": input_gradient_of_fake_score,
             "F with guidance": guided_real_score,
             "taps of x_fake, with gradient": input_gradient_of_taps,
@@ -125,12 +120,12 @@ def bytes_in(tensors):
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
-def saved_bytes(function, nets, recompute):
-    """Bytes that a pass keeps for its backward, the weights of `nets` aside.
+def saved_bytes(function, net, recompute):
+    """Bytes that a pass keeps for its backward, the weights of `net` aside.
 
     recompute: as checkpointing keeps them, the inputs of each block and all of the fullest one.
     """
-    weights = {p.untyped_storage()._cdata for net in nets for p in net.parameters()}
+    weights = {p.untyped_storage()._cdata for p in net.parameters()}
     inputs = {}                                 # of blocks, by identity: two may share one
     totals = []                                 # of each block, and at the end of the rest
 
@@ -156,14 +151,12 @@ def saved_bytes(function, nets, recompute):
         return counted(module, *args)
 
     if recompute:
-        for net in nets:
-            net.enable_gradient_checkpointing(block)
+        net.enable_gradient_checkpointing(block)
     with flash_attention():
         counted(function)
     if not recompute:
         return totals[-1]
-    for net in nets:
-        net.disable_gradient_checkpointing()
+    net.disable_gradient_checkpointing()
     return totals[-1] + bytes_in(inputs.values()) + max(totals[:-1], default=0)
 
 
@@ -181,7 +174,7 @@ def work_and_activations(net, discriminator, x, t, cond, recompute):
         work[name] = counter.get_total_flops()
         kept[name] = 0
         if trains or "gradient" in name:
-            kept[name] = saved_bytes(function, [net], recompute)
+            kept[name] = saved_bytes(function, net, recompute)
         net.requires_grad_(False)
         net.zero_grad()
         discriminator.heads.zero_grad()

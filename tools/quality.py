@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from training.errors import Failure, none_missing, read_prompts, reason_of, run_main
-from training.ranks import quiet
 from training.scripts import folder_for, parser_for
+from training.terminal import quiet
 
 
 def files_of(folder):

@@ -8,7 +8,9 @@ from typing import Callable, NamedTuple
 import torch
 
 from families import cogvideox, qwen, sd3, sdxl, wan
+from families.family import Family
 from families.vision import vision_taps
+from tools.passes import blank_prompt
 
 
 class Released(NamedTuple):
@@ -16,7 +18,13 @@ class Released(NamedTuple):
     x: torch.Tensor         # one sample of the size that the model was made for
     cond: dict              # the network's other keyword arguments, timestep included
     taps_of: Callable       # net -> discriminators.Taps
-    pipeline: str = None    # class of its diffusers pipeline; None for a vision encoder
+    family: Family = None   # None for a vision encoder
+
+
+def of_family(family, net, *shape, **more):
+    """shape: of a sample. more: what the network is told beside the prompt."""
+    cond = blank_prompt(family, net.config, 1) | dict(more, timestep=torch.zeros(1))
+    return Released(net, torch.zeros(1, *shape), cond, family.taps, family)
 
 
 def stable_diffusion_xl():
@@ -28,11 +36,7 @@ def stable_diffusion_xl():
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=2048, addition_embed_type="text_time", addition_time_embed_dim=256,
         projection_class_embeddings_input_dim=2816)
-    added = dict(text_embeds=torch.zeros(1, 1280), time_ids=torch.zeros(1, 6))
-    cond = dict(timestep=torch.zeros(1), encoder_hidden_states=torch.zeros(1, 77, 2048),
-                added_cond_kwargs=added)
-    return Released(net, torch.zeros(1, 4, 128, 128), cond, sdxl.FAMILY.taps,
-                    sdxl.FAMILY.pipeline)
+    return of_family(sdxl.FAMILY, net, 4, 128, 128)
 
 
 def stable_diffusion_3(**config):
@@ -41,39 +45,29 @@ def stable_diffusion_3(**config):
     net = SD3Transformer2DModel(
         sample_size=128, patch_size=2, in_channels=16, out_channels=16, attention_head_dim=64,
         joint_attention_dim=4096, pooled_projection_dim=2048, **config)
-    cond = dict(timestep=torch.zeros(1), encoder_hidden_states=torch.zeros(1, 154, 4096),
-                pooled_projections=torch.zeros(1, 2048))
-    return Released(net, torch.zeros(1, 16, 128, 128), cond, sd3.FAMILY.taps, sd3.FAMILY.pipeline)
+    return of_family(sd3.FAMILY, net, 16, 128, 128)
 
 
 def cogvideox_of(rotary, **config):
     """rotary: with rotary positional embeddings, as 5b has them. config: what else differs."""
     from diffusers import CogVideoXTransformer3DModel
     net = CogVideoXTransformer3DModel(use_rotary_positional_embeddings=rotary, **config)
-    cond = dict(timestep=torch.zeros(1), encoder_hidden_states=torch.zeros(1, 226, 4096),
-                image_rotary_emb=None)
+    embedded = None
     if rotary:
-        cond["image_rotary_emb"] = (torch.zeros(17550, 64), torch.zeros(17550, 64))
-    return Released(net, torch.zeros(1, 13, 16, 60, 90), cond, cogvideox.FAMILY.taps,
-                    cogvideox.FAMILY.pipeline)
+        embedded = (torch.zeros(17550, 64), torch.zeros(17550, 64))
+    return of_family(cogvideox.FAMILY, net, 13, 16, 60, 90, image_rotary_emb=embedded)
 
 
 def wan_2_1(**config):
     """81 frames of 480x832 pixels. config: what differs from the largest."""
     from diffusers import WanTransformer3DModel
-    net = WanTransformer3DModel(**config)
-    cond = dict(timestep=torch.zeros(1), encoder_hidden_states=torch.zeros(1, 512, 4096))
-    return Released(net, torch.zeros(1, 16, 21, 60, 104), cond, wan.FAMILY.taps,
-                    wan.FAMILY.pipeline)
+    return of_family(wan.FAMILY, WanTransformer3DModel(**config), 16, 21, 60, 104)
 
 
 def qwen_image():
     from diffusers import QwenImageTransformer2DModel
-    cond = dict(timestep=torch.zeros(1), encoder_hidden_states=torch.zeros(1, 512, 3584),
-                encoder_hidden_states_mask=torch.ones(1, 512, dtype=torch.long),
-                img_shapes=[[(1, 64, 64)]])
-    return Released(QwenImageTransformer2DModel(), torch.zeros(1, 4096, 64), cond,
-                    qwen.FAMILY.taps, qwen.FAMILY.pipeline)
+    return of_family(qwen.FAMILY, QwenImageTransformer2DModel(), 4096, 64,
+                     img_shapes=[[(1, 64, 64)]])
 
 
 def sam():

@@ -20,9 +20,9 @@ from training.export import load_student
 from training.loading import SAFE, left_out, pipeline_config
 from training.model_index import read_index, stock_pipeline
 from training.pictures import contact_sheet, grid
-from training.ranks import quiet
 from training.scripts import a_count, folder_for, parser_for, zero_or_more
-from training.terminal import tell
+from training.show import in_words
+from training.terminal import quiet, tell
 
 
 def parse():
@@ -56,10 +56,10 @@ def embedded_teacher(student):
 def load_teacher(path, dtype):
     """path: directory or hub id. Raises Failure if there is none."""
     path, flag = str(path), f"--teacher {path}"
-    kind = stock_pipeline(read_index(path, flag)["_class_name"], flag)
+    index = read_index(path, flag)
+    kind = stock_pipeline(index["_class_name"], flag)
     try:
-        without = left_out(path, kind.__name__)
-        pipe = kind.from_pretrained(path, **dict.fromkeys(without), **SAFE)
+        pipe = kind.from_pretrained(path, **dict.fromkeys(left_out(index)), **SAFE)
     except Exception as e:                                      # every library has its own
         if is_out_of_memory(e):
             raise
@@ -133,10 +133,8 @@ def main():
         samples, seconds = draw(pipe.to(device), prompts, args.seed, call)
         pipe.to("cpu")                                          # both need not fit at once
         steps = call["num_inference_steps"]
-        plural = "s" if steps > 1 else ""
-        label = f"{name}, {steps} step{plural}"
-        print(f"{name}: {steps} step{plural}, {seconds:.3f} s a sample")
-        rows[label] = samples[:8]
+        print(f"{name}: {in_words(steps)}, {seconds:.3f} s a sample")
+        rows[f"{name}, {in_words(steps)}"] = samples[:8]
         result[name] = dict(steps=steps, seconds=seconds)
         if samples.dim() == 4:
             save_images(pipe, samples, out / name)

@@ -60,8 +60,6 @@ class PretendedTeacher(Teacher):
         self.fsdp = with_values(fsdp_arguments, args.fsdp, args.cpu_offload, args.bf16, DEVICE)
         self.family = family
         self.prompts = [""]
-        self.look_at = []
-        self.drawn = []
         self.device = DEVICE
         self.tokens = args.text_tokens
         self.net = family.net_of(pipe)
@@ -95,7 +93,7 @@ class PretendedTeacher(Teacher):
         return self.uncond(len(index))
 
 
-def vision_encoder(path, device=None):
+def vision_encoder(path, device):
     """In the place of the one at --pixel-backbone, with random weights: of the structure that a
     local folder says, else SAM ViT-B."""
     from transformers import AutoConfig, Dinov2Model, SamVisionConfig, SamVisionModel

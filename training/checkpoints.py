@@ -72,9 +72,11 @@ def load_checkpoint(path, facts, nets, optimizers):
     same_facts(path, found, facts)
     check_counters(path, found)
     for name, net in nets.items():
-        check_network(path, name, net, files.get(f"{name}.safetensors", {}))
+        check_tensors(path, name, trained_state(net), files.get(f"{name}.safetensors", {}))
     for optimizer in optimizers:
-        check_moments(path, optimizer, files.get(f"optimizer_{optimizer.name}.safetensors"))
+        name = f"optimizer_{optimizer.name}"
+        check_tensors(path, name, expected_moments(optimizer),
+                      files.get(f"{name}.safetensors", {}))
     for name, tensors in files.items():
         wrong = first_not_finite(tensors)
         if wrong:
@@ -97,16 +99,15 @@ def check_counters(path, found):
                           f"iterations; delete {path} and go on with --resume auto")
 
 
-def check_network(path, name, net, there):
-    """Raises Failure unless a network's trained weights are `there`, {key: tensor}, in name, shape
-    and type."""
-    state = trained_state(net)
+def check_tensors(path, name, mine, there):
+    """Raises Failure unless the tensors `there`, {key: tensor}, are `mine` in name, shape and type.
+    torch itself would load moments of any shape, and fresh ones for none, silently."""
     for describe in (shape_of, dtype_of):
-        for key in sorted(state.keys() | there.keys()):
-            mine, its = describe(state.get(key)), describe(there.get(key))
-            if mine != its:
-                raise Failure(f"{path}: {name}.{key} is {its} there and {mine} here; choose the "
-                              f"run it belongs to")
+        for key in sorted(mine.keys() | there.keys()):
+            expected, found = describe(mine.get(key)), describe(there.get(key))
+            if expected != found:
+                raise Failure(f"{path}: {name}.{key} is {found} there and {expected} here; choose "
+                              f"the run it belongs to")
 
 
 def shape_of(tensor):
@@ -117,40 +118,15 @@ def dtype_of(tensor):
     return "missing" if tensor is None else tensor.dtype
 
 
-def check_moments(path, optimizer, there):
-    """Raises Failure unless the moments `there`, a file's tensors or None, are those of an
-    optimizer's parameters. torch itself would load any shape, and fresh moments for none,
-    silently."""
-    if there is None:
-        there = {"its file": torch.empty(0)}            # fits no parameter
-    needed, allowed = expected_moments(optimizer)
-    wrong = []
-    for key, tensor in there.items():
-        shape, dtype = allowed.get(key, (None, None))
-        if shape_of(tensor) != shape:
-            wrong.append(f"{key} of shape {shape_of(tensor)}, expected {shape}")
-        elif tensor.dtype != dtype:
-            wrong.append(f"{key} of type {tensor.dtype}, expected {dtype}")
-    for key in needed:
-        if key not in there:
-            wrong.append(f"no {key}")
-    if wrong:
-        raise Failure(f"{path}: optimizer_{optimizer.name} has {wrong[0]}; choose the run it "
-                      f"belongs to")
-
-
 def expected_moments(optimizer):
-    """Of an optimizer's state: (keys that a file must have, {key that it may have: (shape, type)}).
-    """
-    needed, allowed = [], {}
+    """{key: a tensor of the shape and type that a file of `moments` has there}."""
+    expected = {}
     for number, p in enumerate(optimizer.params):
-        allowed[f"{number}.step"] = [], torch.float32
-        allowed[f"{number}.exp_avg"] = list(p.shape), p.dtype
-        allowed[f"{number}.exp_avg_sq"] = list(p.shape), p.dtype
-        needed += [f"{number}.step", f"{number}.exp_avg_sq"]
+        expected[f"{number}.step"] = torch.empty((), dtype=torch.float32)
+        expected[f"{number}.exp_avg_sq"] = p
         if optimizer.has_momentum:
-            needed.append(f"{number}.exp_avg")
-    return needed, allowed
+            expected[f"{number}.exp_avg"] = p
+    return expected
 
 
 def load_moments(optimizer, tensors):
@@ -160,8 +136,6 @@ def load_moments(optimizer, tensors):
         number, what = key.split(".")
         number = int(number)
         p = optimizer.params[number]
-        if what == "exp_avg" and not optimizer.has_momentum:
-            continue                                    # of an older version
         if what != "step" and isinstance(p, DTensor):   # moments are sharded as their parameter is
             moment = torch.zeros_like(p)
             put(moment, tensor)

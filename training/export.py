@@ -12,7 +12,7 @@ from training.checkpoints import newest_checkpoint
 from training.errors import (
     Failure, cure_of, first_not_finite, is_out_of_memory, number_of, reason_of)
 from training.folders import read_json, read_manifest, replace, sync
-from training.loading import SAFE, left_out, load_pipeline
+from training.loading import SAFE, left_out, load_pipeline, pipeline_config
 from training.lora import Lora
 from training.model_index import read_card, read_index, stock_pipeline
 from training.teacher import text_arguments
@@ -111,9 +111,9 @@ def write_pipeline(run, families, experts, schedule, weights, folder):
                  boundaries=boundaries, call=call)
     if len(experts) > 1:
         (folder / "experts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    missing = left_out(args.model, family.pipeline, args.no_t5)
-    network = type(getattr(pipe, family.network)).__name__
-    card = model_card(run, folder.with_suffix(""), missing, network, facts)
+    missing = left_out(pipeline_config(args.model), args.no_t5)
+    network_class = type(getattr(pipe, family.network)).__name__
+    card = model_card(run, folder.with_suffix(""), is_straight, missing, network_class, facts)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -156,13 +156,13 @@ def iterations_of(run, stage):
     return run.args.iterations_adm if stage == "adm" else run.args.iterations_adp
 
 
-def how_it_was_made(run):
+def how_it_was_made(run, after_adp):
     args = run.args
     if args.method == "phased_dmd":
         counts = dict.fromkeys(iterations_of(run, stage) for stage in run.stages)
         return f"{' and '.join(map(str, counts))} iterations a phase of Phased DMD"
     stages = list(run.stages)
-    if stages == ["adm"] and newest_checkpoint(run.out.path / "checkpoints", "adp"):
+    if stages == ["adm"] and after_adp:
         stages = ["adp", "adm"]                 # one by one, by --stage
     parts = []
     for stage in stages:
@@ -176,9 +176,8 @@ def quoted(text):
     return repr(str(text)).replace("`", "\\x60")
 
 
-def model_card(run, folder, missing, network, facts):
-    """What the student is, and the lines that sample it. missing: components it has not. network:
-    the name of its class."""
+def model_card(run, folder, after_adp, missing, network_class, facts):
+    """What the student is, and the lines that sample it. missing: components it has not."""
     args, family = run.args, run.teacher.family
     pipeline, name, lengths = family.pipeline, facts["network"], facts["steps"]
     path = quoted(folder)
@@ -186,8 +185,8 @@ def model_card(run, folder, missing, network, facts):
     call = ", ".join(f"{key}={value!r}" for key, value in facts["call"].items())
     imports, switch, callback = f"from diffusers import {pipeline}", "", ""
     if facts["switch"]:                     # the pipeline asks after each step who does the next
-        imports += f", {network}"
-        switch = (f"experts = [pipe.{name}] + [{network}.from_pretrained({path}, "
+        imports += f", {network_class}"
+        switch = (f"experts = [pipe.{name}] + [{network_class}.from_pretrained({path}, "
                   f"subfolder=f\"{name}_{{k}}\") for k in range(2, {len(lengths) + 1})]\n"
                   f"def switch(pipe, step, t, kwargs):\n"
                   f"    pipe.{name} = experts[{next_experts(lengths)}[step]]\n"
@@ -195,12 +194,13 @@ def model_card(run, folder, missing, network, facts):
         callback = ", callback_on_step_end=switch"
     result, save = RESULT[family.medium]
     model = printable(args.model).replace("`", "'")
+    made = how_it_was_made(run, after_adp)
     own_guidance = "" if args.cfg_student is None else ", and the student takes its own besides"
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-{family.medium}
 ---
-A {args.steps}-step student of `{model}`: {how_it_was_made(run)}, seed {args.seed}. Guidance
+A {args.steps}-step student of `{model}`: {made}, seed {args.seed}. Guidance
 is distilled in (weights {args.guidance[0]:g} to {args.guidance[1]:g}){own_guidance}.
 
 ```python

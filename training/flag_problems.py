@@ -153,7 +153,7 @@ def has_adp(args, family):
     return args.steps == 1 and family.last_timestep is not None
 
 
-def problems_of_family(args, family, teacher=None):
+def problems_of_family(args, family, teacher):
     """What no run of this family can do. teacher: the embedded one that is distilled, or None."""
     wrong = []
     if args.method in ("adp", "reflow") and not has_adp(args, family):

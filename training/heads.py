@@ -4,19 +4,8 @@ import torch
 from discriminators import Head, Heads
 from training.checkpoints import load_checkpoint, newest_checkpoint
 from training.errors import Failure
-from training.networks import autocast
+from training.networks import autocast, tensors_to
 from training.sharding import shard
-
-
-def on_meta(value):
-    """Tensors, also inside dicts and tuples, as shapes without memory; floats become float32."""
-    if isinstance(value, dict):
-        return {name: on_meta(inner) for name, inner in value.items()}
-    if isinstance(value, tuple):
-        return tuple(on_meta(inner) for inner in value)
-    if torch.is_tensor(value):
-        return value.to("meta", torch.float32 if value.is_floating_point() else value.dtype)
-    return value
 
 
 def tap_shapes(taps_of, net, x, **cond):
@@ -30,14 +19,15 @@ def tap_shapes(taps_of, net, x, **cond):
             twin = type(net).from_config(net.config)
         else:                                               # transformers
             twin = type(net)(net.config)
-        maps = taps_of(twin)(on_meta(x), **on_meta(cond))
+        x, cond = tensors_to("meta", (x, cond), torch.float32)
+        maps = taps_of(twin)(x, **cond)
     return [tuple(feature.shape[1:]) for feature in maps]
 
 
-def heads_for(taps_of, net, x, hidden=256, blocks=2, **cond):
+def heads_for(taps_of, net, x, hidden=256, **cond):
     """Untrained heads that fit the features taps_of(net) gives for inputs shaped like x."""
     shapes = tap_shapes(taps_of, net, x, **cond)
-    return Heads([Head(shape, hidden, blocks) for shape in shapes])
+    return Heads([Head(shape, hidden) for shape in shapes])
 
 
 def latent_heads(args, teacher):
@@ -75,23 +65,15 @@ def refuse_without_heads(args, out, stages, reached):
     if not (args.warm_heads and starts_with_adm):
         return
     if newest_checkpoint(out.path / "checkpoints", "adp") is None:
-        raise no_adp(out)
-
-
-def no_adp(out):
-    return Failure(f"--warm-heads: no checkpoint of ADP in {out.path}/checkpoints to take the "
-                   f"heads from; run --stage adp first, or give --no-warm-heads")
+        raise Failure(f"--warm-heads: no checkpoint of ADP in {out.path}/checkpoints to take the "
+                      f"heads from; run --stage adp first, or give --no-warm-heads")
 
 
 def load_warm_heads(run, facts, heads):
-    """Let ADM's heads start as those of ADP's latent discriminator. facts: what ADP's checkpoint
-    must agree in. Raises Failure if there is none, or ADP is not finished there."""
+    """Let ADM's heads start as those of ADP's latent discriminator, which is finished. facts: what
+    ADP's checkpoint must agree in."""
     path = newest_checkpoint(run.out.path / "checkpoints", "adp")
-    if path is None and run.reached == "adp":
-        path = run.checkpoint               # finished in another --out
     if path is None:
-        raise no_adp(run.out)
+        path = run.checkpoint               # finished in another --out
     facts = {name: value for name, value in facts.items() if name != "after_adp"}
-    if load_checkpoint(path, facts, dict(heads=heads), ())["iteration"] < run.args.iterations_adp:
-        raise Failure(f"--warm-heads: ADP is not finished in {path}; finish it with --stage adp "
-                      f"--resume auto, or give its length as --iterations-adp")
+    load_checkpoint(path, facts, dict(heads=heads), ())

@@ -5,8 +5,8 @@ import torch
 
 from training.errors import (
     Failure, first_not_finite, is_out_of_memory, none_missing, reason_of)
-from training.model_index import classes_in, missing_components, read_config, read_index
-from training.ranks import quiet
+from training.model_index import classes_in, refuse_missing_components, read_config, read_index
+from training.terminal import quiet
 
 SAFE = dict(use_safetensors=True, trust_remote_code=False)      # loads nothing that runs
 OPTIONAL = ("text_encoder_3", "tokenizer_3")                    # SD3's T5
@@ -30,13 +30,12 @@ def pipeline_class(path, families):
     return kind
 
 
-def left_out(path, kind, no_t5=False):
-    """Names of optional components that this run (--no-t5), or the pipeline's own directory, does
-    without: SD3's T5."""
-    if kind != "StableDiffusion3Pipeline":
+def left_out(index, no_t5=False):
+    """Names of optional components that this run (--no-t5), or the pipeline itself, does without:
+    SD3's T5. index: its model_index.json."""
+    if index["_class_name"] != "StableDiffusion3Pipeline":
         return []
-    there = classes_in(pipeline_config(path))
-    return [name for name in OPTIONAL if no_t5 or name not in there]
+    return [name for name in OPTIONAL if no_t5 or name not in classes_in(index)]
 
 
 def load_pipeline(args, families, hollow=None, dtype=torch.float32):
@@ -53,8 +52,8 @@ def load_pipeline(args, families, hollow=None, dtype=torch.float32):
     kind = pipeline_class(path, families)
     index = pipeline_config(path)
     needed = ("vae", "scheduler", "tokenizer", "text_encoder", families[kind].network)
-    missing_components(path, index, needed, OPTIONAL, f"--model {path}")
-    given = {name: None for name in left_out(path, kind, args.no_t5)}
+    refuse_missing_components(index, needed, OPTIONAL, f"--model {path}")
+    given = {name: None for name in left_out(index, args.no_t5)}
     classes = {name: c for name, c in classes_in(index).items() if name not in given}
     extra = dict(add_watermarker=False) if "XL" in kind else {}
     try:

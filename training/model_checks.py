@@ -1,5 +1,7 @@
 """What a teacher's configuration may say: each number in it is asked once, where the teacher is
 made. What is wrong is one line that names --model."""
+import math
+
 from training.errors import Failure, reason_of
 
 LARGEST = 16384                 # pixels of a side
@@ -13,15 +15,13 @@ def latent_of(family, pipe, net, args):
     try:
         latent = family.latent(pipe, net, args)
         numbers = [*latent.shape, latent.height, latent.width]
-        is_sane = all(type(n) is int and n > 0 for n in numbers)
-        values = 1
-        for n in latent.shape:
-            values *= n
-        is_sane = is_sane and max(latent.height, latent.width) <= LARGEST and values <= MOST_VALUES
+        is_sane = (all(type(n) is int and n > 0 for n in numbers)
+                   and max(latent.height, latent.width) <= LARGEST
+                   and math.prod(latent.shape) <= MOST_VALUES)
     except (TypeError, ValueError, AttributeError, ArithmeticError):
         is_sane = False
     if not is_sane:
-        raise Failure(f"{named(args)}: the sizes in its {family.network}'s config are none that "
+        raise Failure(f"{whose(args)}: the sizes in its {family.network}'s config are none that "
                       f"can be drawn; give --height and --width, or download it again")
     return latent
 
@@ -32,14 +32,14 @@ def schedule_of(family, pipe, latent, args):
     try:
         schedule = family.schedule(pipe, latent)
     except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError, RuntimeError) as e:
-        raise Failure(f"{named(args)}: its scheduler's config is none that can be trained on "
+        raise Failure(f"{whose(args)}: its scheduler's config is none that can be trained on "
                       f"({reason_of(e)}); download it again") from e
     if not (schedule.alpha.isfinite().all() and schedule.sigma.isfinite().all()):
-        raise Failure(f"{named(args)}: its scheduler's table is not finite; download it again")
+        raise Failure(f"{whose(args)}: its scheduler's table is not finite; download it again")
     for name in ("steps", "pair_steps"):
         steps = getattr(args, name)
         if steps > schedule.T:
-            raise Failure(f"{named(args)}: its scheduler has {schedule.T} times, fewer than "
+            raise Failure(f"{whose(args)}: its scheduler has {schedule.T} times, fewer than "
                           f"--{name.replace('_', '-')} {steps}; give fewer")
     return schedule
 
@@ -52,7 +52,7 @@ def clamp_tokenizers(pipe, args):
             continue
         length = tokenizer.model_max_length
         if isinstance(length, bool) or not isinstance(length, (int, float)) or not length >= 1:
-            raise Failure(f"{named(args)}: {name} has a model_max_length of {length}; download it "
+            raise Failure(f"{whose(args)}: {name} has a model_max_length of {length}; download it "
                           f"again")
         encoder = getattr(pipe, name.replace("tokenizer", "text_encoder"), None)
         most = getattr(getattr(encoder, "config", None), "max_position_embeddings", None)
@@ -64,5 +64,5 @@ def clamp_tokenizers(pipe, args):
                                         pipe.tokenizer.model_max_length)
 
 
-def named(args):
+def whose(args):
     return f"--model {args.model}"

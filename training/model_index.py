@@ -10,7 +10,7 @@ from pathlib import Path
 
 from training.errors import Failure, reason_of
 from training.folders import read_json
-from training.ranks import quiet_hub
+from training.terminal import quiet_hub
 
 LIBRARIES = (None, "diffusers", "transformers")
 # what a card's call may set: how the student samples, and how large; no switch of the library's
@@ -76,7 +76,7 @@ def stock_pipeline(kind, name):
     return found
 
 
-def missing_components(path, index, needed, optional, name):
+def refuse_missing_components(index, needed, optional, name):
     """Raises Failure unless a pipeline has what is needed. Components that read prompts are, unless
     they are optional."""
     readers = [key for key in index if key.startswith(("text_encoder", "tokenizer"))]

@@ -19,38 +19,36 @@ def units_of(net):
     return getattr(net, "units", [net])
 
 
-def tensors_to(device, values):
-    """{name: value} with its tensors, and its tuples of tensors, moved to a device. Other values
-    stay as they are."""
-    moved = {}
-    for name, value in values.items():
-        if torch.is_tensor(value):
-            moved[name] = value.to(device)
-        elif isinstance(value, tuple):
-            moved[name] = tuple(tensor.to(device) for tensor in value)
-        else:
-            moved[name] = value
-    return moved
+def tensors_to(device, value, dtype=None):
+    """A value with its tensors, also inside dicts and tuples, on a device; floats of this dtype, if
+    one is given. Other values stay as they are."""
+    if isinstance(value, dict):
+        return {name: tensors_to(device, inner, dtype) for name, inner in value.items()}
+    if isinstance(value, tuple):
+        return tuple(tensors_to(device, inner, dtype) for inner in value)
+    if torch.is_tensor(value):
+        return value.to(device, dtype if value.is_floating_point() else None)
+    return value
 
 
 # ------------------------------------------------------------------------- how a network computes
 
-def autocast(net, device, enabled, method="forward"):
-    """Run a method of net in bf16 arithmetic, if enabled; the weights keep their type. Returns net.
+def autocast(net, device, enabled):
+    """Run a network in bf16 arithmetic, if enabled; the weights keep their type. Returns net.
 
-    The method is bound to net again, so that a deepcopy runs itself and not net. A `forward` that
-    this instance alone has is kept.
+    Its `forward` is bound to net again, so that a deepcopy runs itself and not net. One that this
+    instance alone has is kept.
     """
     if not enabled:
         return net
-    bound = getattr(net, method)
+    bound = net.forward
     function = getattr(bound, "__func__", bound)
     if not getattr(function, "in_autocast", False):             # a copy of a network may be already
         function = torch.autocast(device.type, torch.bfloat16)(function)
         function.in_autocast = True
     if hasattr(bound, "__func__"):
         function = MethodType(function, net)
-    setattr(net, method, function)
+    net.forward = function
     return net
 
 

@@ -12,10 +12,6 @@ from training.ranks import world
 from training.sharding import whole
 
 
-def unchanged(net):
-    return net
-
-
 FLAT = 2**26                    # values that are averaged over the ranks at once
 
 
@@ -101,7 +97,7 @@ class EMA:
     net: the network to sample from, with the average's weights. Without an average, the generator.
     """
 
-    def __init__(self, source, decay, prepare=unchanged):
+    def __init__(self, source, decay, prepare):
         self.source = source
         self.decay = decay
         if decay == 0:

@@ -10,7 +10,7 @@ from training.draws import Draws
 from training.errors import Failure, first_not_finite
 from training.folders import open_tensors, write_folder
 from training.ranks import broadcast, world
-from training.teacher import SHARD
+from training.teacher import PER_FILE
 
 
 def pair_facts(args, teacher):
@@ -18,16 +18,16 @@ def pair_facts(args, teacher):
 
 
 def paths_of(args, out):
-    return [out.path / "pairs" / f"{k:05d}" for k in range(math.ceil(args.pairs / SHARD))]
+    return [out.path / "pairs" / f"{k:05d}" for k in range(math.ceil(args.pairs / PER_FILE))]
 
 
 def rows_of(args, number):
-    """How many pairs shard `number` is to hold: the last may hold fewer than the others."""
-    return min(SHARD, args.pairs - number * SHARD)
+    """How many pairs file `number` is to hold: the last may hold fewer than the others."""
+    return min(PER_FILE, args.pairs - number * PER_FILE)
 
 
 def rows_there(path):
-    """How many pairs a shard holds; 0 where there is none. A damaged one is taken for full:
+    """How many pairs a file holds; 0 where there is none. A damaged one is taken for full:
     load_pairs names it."""
     if not path.exists():
         return 0
@@ -35,12 +35,12 @@ def rows_there(path):
         with safe_open(path / "pairs.safetensors", "pt") as file:
             return file.get_slice("prompt").get_shape()[0]
     except (OSError, SafetensorError):
-        return SHARD
+        return PER_FILE
 
 
 def collect_pairs(args, out, teacher, stop):
-    """Stage `pairs` -> False if it was stopped early. A shard is a function of seed and number, so
-    a killed stage goes on where it was. Each rank makes one shard of a round. A shard that is
+    """Stage `pairs` -> False if it was stopped early. A file is a function of seed and number, so
+    a killed stage goes on where it was. Each rank makes one file of a round. A file that is
     short, since the stage was stopped in it or fewer pairs were asked for then, is gone on with."""
     ranks = sample_ranks(args)[1]
     paths = paths_of(args, out)
@@ -58,28 +58,28 @@ def collect_pairs(args, out, teacher, stop):
 
 
 def collect_round(args, paths, teacher, sampler, first, short, stop):
-    """The shards of one round that are short, {number: rows it holds} -> False if it was stopped
+    """The files of one round that are short, {number: rows it holds} -> False if it was stopped
     early. What was drawn until then is kept. The batches lie as in a run that is not stopped, so
     the bytes are the same."""
     number = first + sample_ranks(args)[0]
     is_mine = number in short
     size = 2 * args.batch_size
     begin = min(short.values()) // size * size
-    shard = None
+    drawn = None
     if is_mine and short[number] > 0:
         file = open_tensors(paths[number], pair_facts(args, teacher), "pairs.safetensors")
-        shard = {name: file.get_tensor(name)[:begin] for name in file.keys()}
+        drawn = {name: file.get_tensor(name)[:begin] for name in file.keys()}
     is_stopped = False
     for start in range(begin, rows_of(args, first), size):
         rows = range(start, min(start + size, rows_of(args, first)))
         if is_mine or teacher.ranks_draw_together:
-            shard = joined(shard, draw_pairs(args, teacher, sampler, number, rows))
+            drawn = joined(drawn, draw_pairs(args, teacher, sampler, number, rows))
         is_stopped = stop.asked_of_any_rank()
         if is_stopped:
             break
     if is_mine and world()[0] % args.context_parallel == 0:
-        rest = rows_of(args, number)                            # the last shard has no more
-        tensors = {name: tensor[:rest] for name, tensor in shard.items()}
+        rest = rows_of(args, number)                            # the last file has no more
+        tensors = {name: tensor[:rest] for name, tensor in drawn.items()}
         wrong = first_not_finite(tensors)
         if wrong:
             raise Failure(f"{paths[number]}: the teacher's {wrong} is not finite, so no pairs were "
@@ -88,15 +88,15 @@ def collect_round(args, paths, teacher, sampler, first, short, stop):
     return not is_stopped
 
 
-def joined(shard, more):
-    if shard is None:
+def joined(drawn, more):
+    if drawn is None:
         return more
-    return {name: torch.cat([shard[name], more[name]]) for name in more}
+    return {name: torch.cat([drawn[name], more[name]]) for name in more}
 
 
 def draw_pairs(args, teacher, sampler, number, rows):
-    """Pairs of a shard, {name: tensor} on the host. rows: a range of numbers in the shard."""
-    samples = range(number * SHARD + rows.start, number * SHARD + rows.stop)
+    """Pairs of a file, {name: tensor} on the host. rows: a range of numbers in the file."""
+    samples = range(number * PER_FILE + rows.start, number * PER_FILE + rows.stop)
     draws = Draws((args.seed, STREAMS["pairs"]), 0, samples, teacher.shape)
     x_T = draws.normal()
     prompt = draws.integers(0, len(teacher.prompts) - 1)
@@ -105,10 +105,10 @@ def draw_pairs(args, teacher, sampler, number, rows):
 
 
 class OnDisk:
-    """One tensor of all shards, [pairs,...], read from the disk as it is needed: all pairs are
+    """One tensor of all files, [pairs,...], read from the disk as it is needed: all pairs are
     gigabytes, and every rank would hold them.
 
-    files: the shards, open, each with SHARD pairs but the last.
+    files: open, each with PER_FILE pairs but the last.
     """
 
     def __init__(self, files, name, count):
@@ -125,14 +125,14 @@ class OnDisk:
             index = torch.arange(self.count)[index]
         rows = []
         for i in index.tolist():
-            file, place = self.files[i // SHARD], i % SHARD
+            file, place = self.files[i // PER_FILE], i % PER_FILE
             rows.append(file.get_slice(self.name)[place:place + 1])
         return torch.cat(rows)
 
 
 def load_pairs(args, out, teacher):
-    """All shards -> (x_T, x_0, prompt), the first two OnDisk, the prompts' numbers a LongTensor.
-    Raises Failure naming a shard that is missing, damaged, or of another teacher or setting."""
+    """All files -> (x_T, x_0, prompt), the first two OnDisk, the prompts' numbers a LongTensor.
+    Raises Failure naming a file that is missing, damaged, or of another teacher or setting."""
     paths = paths_of(args, out)
     for number, path in enumerate(paths):
         if not path.exists():

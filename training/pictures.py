@@ -10,6 +10,9 @@ import torch
 from training.terminal import warn
 
 
+NOT_LOSSES = ("stage", "iteration", "global_iter", "seconds")       # of a line of metrics.jsonl
+
+
 def pyplot():
     """matplotlib's pyplot, without a screen."""
     os.environ["MPLBACKEND"] = "Agg"        # a notebook's own ends the import of a child of it
@@ -106,7 +109,7 @@ def losses_in(entries):
     names = {}                                  # a dict, as a set that keeps its order
     for entry in entries:
         for name in entry:
-            if name not in ("stage", "iteration", "global_iter", "seconds"):
+            if name not in NOT_LOSSES:
                 names[name] = True
     return list(names)
 

@@ -36,23 +36,6 @@ def number_of_ranks():
     return int(given)
 
 
-def quiet_hub():
-    """Stop the hub's library from telling of each retry."""
-    from huggingface_hub import logging
-    logging.set_verbosity(logging.CRITICAL)
-
-
-def quiet():
-    """Stop diffusers, transformers and the hub's library from printing warnings and progress bars.
-    They still raise their errors."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-    for logging in (diffusers_logging, transformers_logging):
-        logging.set_verbosity(logging.CRITICAL)
-        logging.disable_progress_bar()
-    quiet_hub()
-
-
 def start(alone=False):
     """Join torchrun's process group, if there is one. Returns this process's device.
 

@@ -19,15 +19,15 @@ def parser_for(doc):
 
 def a_count(text):
     """An argparse type: a whole number above 0."""
-    return whole(text, 1)
+    return whole_number(text, 1)
 
 
 def zero_or_more(text):
     """An argparse type: a whole number, 0 or above."""
-    return whole(text, 0)
+    return whole_number(text, 0)
 
 
-def whole(text, least):
+def whole_number(text, least):
     try:
         number = int(text)
     except ValueError:

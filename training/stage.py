@@ -6,6 +6,7 @@ from tqdm import tqdm
 
 from training.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
 from training.folders import read_manifest
+from training.pictures import losses_in
 from training.ranks import tell_once, world
 from training.tracking import Report
 
@@ -85,6 +86,7 @@ def follow(run, stage, losses_of_steps, start):
             run.show(file, stage.experts, stage.schedule)
             run.report.picture(stage.name, i, run.out.path / file)
         if is_stopping and not is_last:
+            goodbye(run)
             return False
     return True
 
@@ -135,5 +137,5 @@ def log(out, name, losses, seconds, bar):
     loop, the device is waited for."""
     values = {key: round(float(value), 6) for key, value in losses.items()}
     out.log(stage=name, seconds=round(seconds, 2), **values)
-    bar.set_postfix({key: f"{value:.3f}" for key, value in values.items() if "iter" not in key})
+    bar.set_postfix({key: f"{values[key]:.3f}" for key in losses_in([values])})
     return values

@@ -16,7 +16,7 @@ from training.ranks import barrier, broadcast, world
 from training.sharding import fsdp_arguments
 from training.terminal import warn
 
-SHARD = 256                     # prompts, or pairs, in a file
+PER_FILE = 256                     # prompts, or pairs, in a file
 PIXELS_AT_ONCE = 2**20          # of the pictures that are decoded together
 
 
@@ -94,7 +94,7 @@ class Teacher:
 
     @torch.no_grad()
     def embed(self, args, pipe, out):
-        """prompts/: embeddings in shards, made by all ranks together (by rank 0, the only one with
+        """prompts/: embeddings in files, made by all ranks together (by rank 0, the only one with
         text encoders, of a sharded run), then read from the disk as they are needed."""
         self.warn_of_long(args, pipe)
         rank, ranks = (world()[0], 1) if self.fsdp else world()
@@ -124,7 +124,7 @@ class Teacher:
         for job in jobs:
             file = open_tensors(job.path, self.facts_of(job), "embeddings.safetensors")
             if job.is_empty:
-                self.empty = {name: self.to_device(file.get_tensor(name)) for name in file.keys()}
+                self.empty = {name: self.as_input(file.get_tensor(name)) for name in file.keys()}
             else:
                 self.files[job.first] = file
 
@@ -159,15 +159,15 @@ class Teacher:
         places = []
         for i in index:
             n = len(self.prompts)
-            first = i // SHARD * SHARD if i < n else n + (i - n) // SHARD * SHARD
+            first = i // PER_FILE * PER_FILE if i < n else n + (i - n) // PER_FILE * PER_FILE
             places.append((self.files[first], i - first))
         tensors = {}
         for name in places[0][0].keys():
             parts = [file.get_slice(name)[i:i + 1] for file, i in places]
-            tensors[name] = self.to_device(torch.cat(parts))
+            tensors[name] = self.as_input(torch.cat(parts))
         return nested(tensors) | self.constant
 
-    def to_device(self, embedding):
+    def as_input(self, embedding):
         """An embedding of any type as the network takes it: in float32, if it is a number."""
         if embedding.is_floating_point():
             embedding = embedding.float()
@@ -226,13 +226,13 @@ class Embeddings:
 def embedding_files(folder, prompts, look_at):
     """The files of all prompts, of those to look at, and of the empty one."""
     files = []
-    for first in range(0, len(prompts), SHARD):
-        path = folder / f"{first // SHARD:05d}"
-        files.append(Embeddings(path, prompts[first:first + SHARD], first))
+    for first in range(0, len(prompts), PER_FILE):
+        path = folder / f"{first // PER_FILE:05d}"
+        files.append(Embeddings(path, prompts[first:first + PER_FILE], first))
     files.append(Embeddings(folder / "empty", prompts[:1], is_empty=True))
-    for first in range(0, len(look_at), SHARD):
-        path = folder / f"look-at-{hash_of(look_at)}-{first // SHARD:05d}"
-        files.append(Embeddings(path, look_at[first:first + SHARD], len(prompts) + first,
+    for first in range(0, len(look_at), PER_FILE):
+        path = folder / f"look-at-{hash_of(look_at)}-{first // PER_FILE:05d}"
+        files.append(Embeddings(path, look_at[first:first + PER_FILE], len(prompts) + first,
                                 is_look_at=True))
     return files
 

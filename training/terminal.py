@@ -72,3 +72,20 @@ def unbreakable_streams():
         with suppress(OSError, ValueError, AttributeError):
             stream.reconfigure(errors="backslashreplace")       # an ASCII terminal has no emoji
         setattr(sys, name, Unbreakable(stream))
+
+
+def quiet_hub():
+    """Stop the hub's library from telling of each retry."""
+    from huggingface_hub import logging
+    logging.set_verbosity(logging.CRITICAL)
+
+
+def quiet():
+    """Stop diffusers, transformers and the hub's library from printing warnings and progress bars.
+    They still raise their errors."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity(logging.CRITICAL)
+        logging.disable_progress_bar()
+    quiet_hub()

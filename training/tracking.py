@@ -9,11 +9,11 @@ import os
 import secrets
 
 from training.errors import Failure, reason_of
+from training.pictures import losses_in
 from training.ranks import world
 from training.terminal import warn
 
 TRACKERS = ("tensorboard", "wandb")
-COUNTERS = ("iteration", "global_iter")
 
 
 def problem_of(name):
@@ -38,8 +38,7 @@ class Report:
 
     def losses(self, stage, values):
         """values: {name: number} of a line of metrics.jsonl, with its "iteration"."""
-        entry = {f"{stage}/{name}": value for name, value in values.items()
-                 if name not in COUNTERS}
+        entry = {f"{stage}/{name}": values[name] for name in losses_in([values])}
         self._attempt(self._log, entry, stage, int(values["iteration"]))
 
     def picture(self, stage, iteration, path):
