@@ -1,6 +1,6 @@
 """Train the small SD3 that ships: a flow model that draws the captioned shapes.
 
-    python -m teachers.make_sd3 --out teachers/sd3      # 35 minutes on one core
+    python -m teachers.make_sd3 --out teachers/sd3      # 35 to 67 minutes on one core
     python -m teachers.shapes --mark teachers/sd3       # its marks, by its model card
 
 The small SDXL's VAE and text encoder, a new transformer, and no T5: one empty token stands in its

@@ -1,11 +1,13 @@
 """Train the embedded teacher from nothing: a small, complete SDXL pipeline that draws captioned
 shapes over a line of glyphs, and the vision encoder that the pixel discriminator looks through.
 
-    python -m teachers.make_sdxl --out teachers/sdxl        # about an hour on one core
+    python -m teachers.make_sdxl --out out/teacher          # all of it
+    python -m teachers.make_sdxl --out teachers/sdxl --encoders teachers/sdxl       # what ships: an
+                                                            # hour and a quarter on one core
 
-`python -m teachers.shapes` marks what comes out.
+The VAE and the text encoders that ship were trained with an earlier UNet, of smaller shapes; these
+captions and flat colours are theirs, too. `python -m teachers.shapes` marks what comes out.
 """
-import argparse
 import math
 import time
 from copy import deepcopy
@@ -20,7 +22,7 @@ from teachers.shapes import (CAPTIONS, CELLS, PX, drawings, legibility, mark, ma
                              read_line)
 from training.errors import run_main
 from training.schedules import from_diffusers
-from training.scripts import a_count, folder_for, zero_or_more
+from training.scripts import a_count, folder_for, parser_for, zero_or_more
 
 # --------------------------------------------------------------------------- the untrained pipeline
 
@@ -96,6 +98,18 @@ def build():
 
 
 # ---------------------------------------------------------------------------------------- training
+
+
+def keep_encoders(pipe, folder):
+    """Put the VAE and the text encoders of another small pipeline, of the same captions, into this
+    one. They are not trained any more."""
+    from diffusers import StableDiffusionXLPipeline
+    trained = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
+    trained.to(torch.float32)
+    pipe.register_modules(vae=trained.vae, text_encoder=trained.text_encoder,
+                          text_encoder_2=trained.text_encoder_2)
+    for net in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
+        net.requires_grad_(False)
 
 
 def train_vae(vae, images, iterations, lr=2e-3, batch=32):
@@ -254,9 +268,11 @@ def train_vision_encoder(index, images, iterations, lr=1e-3, batch=64):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = parser_for(__doc__)
     p.add_argument("--out", default="out/teacher", help="where the pipeline goes")
+    p.add_argument("--encoders", metavar="FOLDER",
+                   help="a pipeline whose VAE and text encoders are taken as they are (default: "
+                        "train them)")
     p.add_argument("--vae-iterations", type=a_count, default=3000)
     p.add_argument("--iterations", type=a_count, default=12000, help="of UNet and text encoders")
     p.add_argument("--vision-iterations", type=a_count, default=1500)
@@ -269,7 +285,10 @@ def main():
     torch.manual_seed(args.seed)
     index, images = drawings(args.drawings, args.seed)
     pipe = build()
-    train_vae(pipe.vae, images, args.vae_iterations)
+    if args.encoders:
+        keep_encoders(pipe, args.encoders)
+    else:
+        train_vae(pipe.vae, images, args.vae_iterations)
     latents = encode_all(pipe.vae, images)
     some = slice(0, 2048)
     found = marks(decode_all(pipe.vae, latents[some]), [CAPTIONS[i] for i in index[some]],

@@ -20,7 +20,6 @@ independently from eight with unequal shares (teachers/alphabet.py). So the read
 
 The teacher itself is trained by teachers/make_sdxl.py.
 """
-import argparse
 import itertools
 import json
 import time
@@ -33,7 +32,7 @@ from teachers.alphabet import GLYPHS, SIDE, read_cells, shares_of, shares_tv, wr
 from training.errors import run_main
 from training.export import load_student
 from training.pictures import grid
-from training.scripts import a_count, folder_for, zero_or_more
+from training.scripts import a_count, folder_for, parser_for, zero_or_more
 
 SHIPPED = Path(__file__).parent / "sdxl"
 
@@ -50,7 +49,7 @@ COLOURS = {
     "yellow": (0.95, 0.85, 0.1),
 }
 PALETTE = torch.tensor(list(COLOURS.values()))  # [4,3] in [0,1]
-SIZES = {"small": 10, "large": 16}              # pixels
+SIZES = {"small": 13, "large": 18}              # pixels
 SHAPES = ("circle", "square", "triangle")
 CELLS = 4                                       # places are counted in a 4x4 grid
 
@@ -223,21 +222,14 @@ def legibility(images):
     return legible.float().mean().item()
 
 
-def coverage_tv(images, reference):
-    """Total variation, in [0,1], between the places of two sets of images (illegible ones form a
-    cell of their own)."""
-    _, cells = read(images)
-    _, reference_cells = read(reference)
-    return places_tv(cells, reference_cells)
-
-
 def cell_shares(cells):
     """Cells LongTensor [B], -1 where illegible -> their shares [17]."""
     return torch.bincount(cells + 1, minlength=CELLS**2 + 1) / len(cells)
 
 
 def places_tv(cells, reference):
-    """The same of places that were read, LongTensors [B] and [B']."""
+    """Total variation, in [0,1], between the places of two sets of images, as they were read:
+    LongTensors [B] and [B'] (illegible ones form a cell of their own)."""
     return 0.5 * (cell_shares(cells) - cell_shares(reference)).abs().sum().item()
 
 
@@ -327,8 +319,7 @@ def mark_teacher(out):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = parser_for(__doc__)
     p.add_argument("--mark", metavar="FOLDER", help="an exported student (default: the teacher)")
     p.add_argument("--samples", type=a_count, default=576, help="drawn for --mark")
     p.add_argument("--seed", type=zero_or_more, default=0, help="of --mark")

@@ -77,18 +77,18 @@ def size_of(folder):
 
 
 def test_stock_diffusers_loads_and_samples_the_sd3():
-    """87 % at 25 steps; 144 samples leave a standard error of 3 %, so 0.79 is the bar of the
+    """98 % at 20 steps; 144 samples leave a standard error of 1 %, so 0.94 is the bar of the
     test."""
     from diffusers import StableDiffusion3Pipeline
     pipe = StableDiffusion3Pipeline.from_pretrained(
         embedded.SD3.folder, text_encoder_3=None, tokenizer_3=None).to(torch.float32)
     right, images = shapes.mark(pipe, 144, max_sequence_length=1)
-    assert right >= 0.79 and images.shape == (144, 3, 32, 32), right
+    assert right >= 0.94 and images.shape == (144, 3, 32, 32), right
     assert size_of(embedded.SD3.folder) < 5e6
 
 
 def test_stock_diffusers_loads_and_samples_the_cogvideox():
-    """82 % at 25 steps; the bar as above."""
+    """82 % at 25 steps, with a standard error of 3 %."""
     captions = moving.captions_in_turn(144)
     drawn = moving.drawn_by(moving.shipped_teacher(), captions)
     found = moving.marks(drawn, captions)
