@@ -19,7 +19,7 @@ from adm import score_loss
 from families.vision import vision_taps
 from teachers.alphabet import SHARES
 from teachers.shapes import (CAPTIONS, CELLS, PX, drawings, legibility, mark, marks, read,
-                             read_line)
+                             read_line, teacher_at)
 from training.errors import run_main
 from training.schedules import from_diffusers
 from training.scripts import a_count, folder_for, parser_for, zero_or_more
@@ -103,9 +103,7 @@ def build():
 def keep_encoders(pipe, folder):
     """Put the VAE and the text encoders of another small pipeline, of the same captions, into this
     one. They are not trained any more."""
-    from diffusers import StableDiffusionXLPipeline
-    trained = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
-    trained.to(torch.float32)
+    trained = teacher_at(folder)
     pipe.register_modules(vae=trained.vae, text_encoder=trained.text_encoder,
                           text_encoder_2=trained.text_encoder_2)
     for net in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2):

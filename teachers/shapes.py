@@ -259,7 +259,7 @@ def marks(images, captions, reference):
                 legible=glyph_legible.float().mean().item(),
                 glyph_tv=shares_tv(shares_of(glyphs, glyph_legible)),
                 coverage_tv=places_tv(cells, reference_cells),
-                precision=(cells >= 0).float().mean().item(),
+                precision=(cells >= 0).sum().item() / len(cells),
                 diversity=pairs_that_differ(captions, cells))
 
 
@@ -284,11 +284,16 @@ def mark(pipe, n=576, seed=0, **call):
     return accuracy(images, captions), images
 
 
-def shipped_teacher():
-    """The trained pipeline of teachers/sdxl, float32."""
+def teacher_at(folder):
+    """A trained pipeline of this world, float32."""
     from diffusers import StableDiffusionXLPipeline
-    pipe = StableDiffusionXLPipeline.from_pretrained(str(SHIPPED), add_watermarker=False)
+    pipe = StableDiffusionXLPipeline.from_pretrained(str(folder), add_watermarker=False)
     return pipe.to(torch.float32)
+
+
+def shipped_teacher():
+    """The one of teachers/sdxl."""
+    return teacher_at(SHIPPED)
 
 
 def mark_student(folder, samples, seed, out):

@@ -9,7 +9,6 @@ import torch
 
 from training.terminal import warn
 
-
 NOT_LOSSES = ("stage", "iteration", "global_iter", "seconds")       # of a line of metrics.jsonl
 
 

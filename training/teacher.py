@@ -16,7 +16,7 @@ from training.ranks import barrier, broadcast, world
 from training.sharding import fsdp_arguments
 from training.terminal import warn
 
-PER_FILE = 256                     # prompts, or pairs, in a file
+PER_FILE = 256                  # prompts, or pairs, in a file
 PIXELS_AT_ONCE = 2**20          # of the pictures that are decoded together
 
 
