@@ -74,6 +74,8 @@ for name in names:
     if rank:                                                    # only rank 0 has weights
         with init_empty_weights():
             pipe.transformer = type(pipe.transformer).from_config(pipe.transformer.config)
+    else:                               # as in a released SD3: not what its configuration gives
+        pipe.transformer.pos_embed.pos_embed.mul_(0.5)
     net = pipe.transformer.requires_grad_(False)
     teacher = SimpleNamespace(net=net, units=[net], backbone=net, device=device, fsdp=fsdp,
                               shape=(4, 8, 8), family=sd3.FAMILY, uncond=lambda n: uncond)

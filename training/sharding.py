@@ -9,6 +9,7 @@ whole on every rank, and training.optimizer averages their gradients.
 """
 import os
 from copy import deepcopy
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -146,12 +147,14 @@ def copy_of_shards(net):
     skeleton, arguments, device = net.__dict__["sharded"]
     twin = shard(deepcopy(skeleton).float().requires_grad_(True), arguments, device)
     twin = materialise(twin)
-    weights = {}
-    for name, p in net.named_parameters():
+    # buffers, too: those of a checkpoint need not be what its configuration computes (SD3's
+    # positions), and only rank 0 has read the checkpoint
+    values = {}
+    for name, value in chain(net.named_parameters(), net.named_buffers()):
         if ".lora_" not in name:
-            weights[name.replace(".base_layer", "")] = p        # the name it has without adapters
-    for name, p in twin.named_parameters():
-        put(p, weights[name])
+            values[name.replace(".base_layer", "")] = value     # the name it has without adapters
+    for name, kept in chain(twin.named_parameters(), twin.named_buffers()):
+        put(kept, values[name])
     return twin
 
 
