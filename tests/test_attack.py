@@ -229,8 +229,10 @@ def test_a_mistake_of_ours_keeps_its_traceback():
 
 
 def test_a_lost_rank_is_one_line(capsys, monkeypatch):
+    """And it does not wait for the others: NCCL's destroy_process_group would."""
     monkeypatch.setattr(errors.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(errors.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(errors.dist, "destroy_process_group", lambda: pytest.fail("waits"))
+    monkeypatch.setattr(errors.os, "_exit", sys.exit)
     monkeypatch.setattr(errors, "first_to_fail", lambda: True)
     line = line_of(RuntimeError("[gloo/pair.cc:554] Connection closed by peer [127.0.0.1]"), capsys)
     assert "another rank has ended" in line and "--resume auto" in line

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -44,7 +45,9 @@ LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pi
 
 
 def one_line(error):
-    """The line that tells an error which the user can fix, or None for any other."""
+    """The line that tells Ctrl-C or an error which the user can fix, or None for any other."""
+    if isinstance(error, KeyboardInterrupt):
+        return STOPPED_AT_ONCE
     if isinstance(error, Failure):
         return str(error)
     if is_out_of_memory(error):
@@ -120,22 +123,30 @@ def run_main(main):
     traceback."""
     unbreakable_streams()
     try:
-        return main()
-    except KeyboardInterrupt:
-        line = STOPPED_AT_ONCE
-        first = first_to_fail()
-    except Exception as error:
+        result = main()
+    except (Exception, KeyboardInterrupt) as error:
         line = one_line(error)
-        first = first_to_fail()
-        if first and line is None:
+        if line is None and not dist.is_initialized():
             raise
-    finally:
+        if first_to_fail():
+            tell_failure(error, line)
         if dist.is_initialized():
-            dist.destroy_process_group()
-    if first:
-        print(file=sys.stderr)                                  # below a progress bar
-        complain(f"{Path(sys.argv[0]).name}: {line}")
-    raise SystemExit(1)
+            # not by way of destroy_process_group: NCCL's waits for the other ranks, and they may be
+            # in the middle of a collective, waiting for this one
+            os._exit(1)
+        raise SystemExit(1)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return result
+
+
+def tell_failure(error, line):
+    """line: see one_line."""
+    if line is None:
+        traceback.print_exception(error)
+        return
+    print(file=sys.stderr)                                      # below a progress bar
+    complain(f"{Path(sys.argv[0]).name}: {line}")
 
 
 # ------------------------------------------------------------------------- what comes from outside
