@@ -8,6 +8,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
+import sentencepiece
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
@@ -18,6 +19,7 @@ from cli import ROOT, Run, failed, stock_difference, succeeded, two_at_a_time
 from families.family import of_medium
 from ode import sample
 from training.flags import parse
+from training.loading import load_pipeline
 
 QUICK = ("--pairs 4 --pair-steps 2 --iterations 3 --batch-size 2 --save-every 100 "
          "--sample-every 100 --head-channels 8 --accumulate 1 --ttur 1 --lr-generator-adp 1e-3 "
@@ -370,3 +372,19 @@ def test_context_parallel_from_the_command_line(family, tmp_path):
     for k in one:
         assert_close(two[k], one[k], rtol=1e-3, atol=2e-4, msg=lambda m: f"{k}: {m}")
     assert stock_difference(tmp_path / "two", PROMPTS) < 1e-4
+
+
+def test_a_tokenizer_of_sentencepiece_alone(tmp_path):
+    """As the released CogVideoX have it, without a tokenizer.json: transformers then needs
+    sentencepiece and protobuf, and does not ask for them itself."""
+    model = tmp_path / "model"
+    pipelines.cogvideox(blocks=1).save_pretrained(model)
+    (model / "tokenizer" / "tokenizer.json").unlink()
+    text = tmp_path / "text"
+    text.write_text("a small red circle moving right\n" * 100)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(model / "tokenizer" / "spiece"), vocab_size=20, pad_id=0,
+        eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
+    pipe = load_pipeline(SimpleNamespace(model=str(model), no_t5=False), of_medium("video"))
+    alone = sentencepiece.SentencePieceProcessor(str(model / "tokenizer" / "spiece.model"))
+    assert pipe.tokenizer("a red circle").input_ids == [*alone.encode("a red circle"), 1]
