@@ -139,7 +139,7 @@ def run_dmdx(run):
     if run.reached == "adm":            # perhaps of another --out, where ADP's checkpoint is not
         after_adp = is_after_adp(run.checkpoint)
     elif run.stages[0] == "adm":
-        after_adp = load_finished_adp(run, ema, facts)
+        after_adp = load_finished(run, "adp", args.iterations_adp, ema, facts)
     else:
         pretrain = run_adp if run.stages[0] == "adp" else run_reflow
         if not pretrain(run, generator, ema, facts):
@@ -157,15 +157,16 @@ def run_dmdx(run):
     return [Expert(ema.net, schedule.stops(args.steps))], schedule
 
 
-def load_finished_adp(run, ema, facts):
-    """--stage adm: the generator goes on from ADP's last checkpoint in --out -> True, or from the
-    teacher if there is none -> False."""
-    path = newest_checkpoint(run.out.path / "checkpoints", "adp")
+def load_finished(run, stage, iterations, ema, facts):
+    """The generator and its average as a stage left them that an earlier run has finished -> False
+    if there is none in --out. Raises Failure if it has fewer iterations."""
+    path = newest_checkpoint(run.out.path / "checkpoints", stage)
     if path is None:
         return False
-    if load_checkpoint(path, facts, ema.networks(), ())["iteration"] < run.args.iterations_adp:
-        raise Failure(f"{path}: ADP is not finished there; finish it with --stage adp --resume "
-                      f"auto, or give its length as --iterations-adp")
+    found = load_checkpoint(path, facts, ema.networks(), ())
+    if found["iteration"] < iterations:
+        raise Failure(f"{path}: {stage} is not finished there; finish it first, or ask for no more "
+                      f"than its {found['iteration']} iterations")
     return True
 
 
@@ -183,7 +184,9 @@ def run_phases(run):
                               teacher.units[teacher.unit_of(phase)])
         ema = EMA(generator, args.ema, partial(prepare, args, device=teacher.device))
         if run.reached in run.stages[k:]:
-            load_finished_phase(run, f"phase{k}", ema, facts)
+            if not load_finished(run, f"phase{k}", args.iterations_phase, ema, facts):
+                raise Failure(f"{run.out.path}/checkpoints: phase{k} is gone, which later phases "
+                              f"need; put it back, or begin again in another --out")
         elif not run_phase(run, k, experts, Expert(generator, phase), ema, facts):
             return None
         experts.append(Expert(ema.net, phase))
@@ -207,18 +210,6 @@ def run_phase(run, k, earlier, expert, ema, facts):
                         args.iterations_phase, begun, args.ttur, args.weighting, args.narrow,
                         args.clamp)
     return follow(run, stage, losses, begun[0])
-
-
-def load_finished_phase(run, name, ema, facts):
-    """An expert that was finished before this run."""
-    path = newest_checkpoint(run.out.path / "checkpoints", name)
-    if path is None:
-        raise Failure(f"{run.out.path}/checkpoints: {name} is gone, which later phases need; "
-                      f"put it back, or begin again in another --out")
-    found = load_checkpoint(path, facts, ema.networks(), ())
-    if found["iteration"] < run.args.iterations_phase:
-        raise Failure(f"{path}: {name} is not finished there; give its length as "
-                      f"--iterations-phase")
 
 
 # ------------------------------------------------------------------------------------------ the run

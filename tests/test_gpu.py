@@ -92,10 +92,10 @@ def test_gradients_of_an_adapter_are_averaged_in_few_calls():
 
 # ------------------------------------------------------------------------------- what networks do
 
-def unet(dropout=0.0):
+def unet():
     torch.manual_seed(0)
     return UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, dropout=dropout,
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1,
         block_out_channels=(8, 16), norm_num_groups=4, cross_attention_dim=8,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), attention_head_dim=2,
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True).eval()
@@ -113,20 +113,6 @@ def test_all_layers_of_a_base_share_one_switch():
         assert at_work(base) == "a"
     assert at_work(base) is None and all(layer.active_adapters == [] for layer in layers)
     assert len(nets) == 2
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_recomputing_looks_at_random_states_only_with_dropout(monkeypatch, dropout):
-    told = []
-
-    def checkpoint(function, *args, **kwargs):
-        told.append((kwargs["preserve_rng_state"], kwargs["determinism_check"]))
-        return function(*args)
-
-    monkeypatch.setattr(networks, "checkpoint", checkpoint)
-    function = networks.checkpoint_under_adapter(unet(dropout))
-    function(nn.Identity(), torch.ones(1))
-    assert told == [(dropout > 0, "default" if dropout else "none")]
 
 
 def test_only_repeated_blocks_are_compiled():

@@ -107,21 +107,17 @@ def checkpoint_under_adapter(unit):
     """-> the function that diffusers calls in place of a block. It recomputes under the adapter of
     the forward pass: by the time of the backward pass another may be at work.
 
-    Without dropout there is no random state to restore, and what a block saves is what it saved
-    before: to look costs the host more than the block.
+    Networks are in eval mode throughout, so no dropout draws: there is no random state to restore,
+    and what a block saves is what it saved before. To look costs the host more than the block.
     """
-    is_random = any(isinstance(module, torch.nn.Dropout) and module.p > 0
-                    for module in unit.modules())
-    checks = dict(preserve_rng_state=is_random,
-                  determinism_check="default" if is_random else "none")
-
     def checkpointed(block, *args):
         name = at_work(unit)
 
         def run_block(*args):
             with active(unit, name):
                 return block(*args)
-        return checkpoint(run_block, *args, use_reentrant=False, **checks)
+        return checkpoint(run_block, *args, use_reentrant=False, preserve_rng_state=False,
+                          determinism_check="none")
     return checkpointed
 
 
@@ -137,10 +133,11 @@ def full_copy(net):
         twin._modules = {name: full_copy(unit) for name, unit in net.named_children()}
         return twin
     twin = deepcopy(net)
-    if net.__dict__.get("adapted"):
-        twin.unload_lora()
-        twin.__dict__.pop("adapted")
-        twin.__dict__.pop("at_work")
+    for unit in units_of(twin):
+        if unit.__dict__.get("adapted"):
+            unit.unload_lora()
+            unit.__dict__.pop("adapted")
+            unit.__dict__.pop("at_work")
     return twin
 
 
