@@ -5,10 +5,10 @@
 
 x_fake and x_real start from the same x_t and differ by dt times the difference of the two scores.
 So the critic's input has a signal that grows with dt, beside a page that does not. The number of
-samples it takes to find the signal grows like 1 / dt^2. The paper has a million samples for T/64,
-here there are some thousands. hinge is the critic's loss, a mean over the last quarter: 2 says that
-it cannot tell the two apart, 0 that it always can. Writes lesson/results/dt.json and .png. Students
-that lesson.tables has trained are taken from there.
+samples it takes to find the signal should grow like 1 / dt^2. The paper has a million samples for
+T/64, here there are some thousands. hinge is the critic's loss, a mean over the last quarter: 2
+says that it cannot tell the two apart, 0 that it always can. Writes lesson/results/dt.json and
+.png. Students that lesson.tables has trained are taken from there.
 """
 import json
 import statistics
@@ -27,7 +27,7 @@ from training.pictures import pyplot
 from training.scripts import parser_for, zero_or_more
 
 FRACTIONS = (64, 16, 6, 3)                      # dt = T / these
-WITH_ADP = {"B4": "ADP, then ADM", "B1": "ADM without ADP"}
+LABELS = {"B4": "ADP, then ADM", "B1": "ADM without ADP"}
 COLUMNS = ("hinge", "cell", "page", "tv")
 
 
@@ -43,7 +43,7 @@ def dt_of(fraction):
 def jobs_of(seeds, setting):
     jobs = [pairs_job(seed, setting) for seed in seeds]
     jobs += [Job("A5", seed, setting) for seed in seeds]
-    for row in WITH_ADP:
+    for row in LABELS:
         for fraction in FRACTIONS:
             for seed in seeds:
                 jobs.append(Job(row, seed, replace(setting, dt=dt_of(fraction)),
@@ -51,21 +51,22 @@ def jobs_of(seeds, setting):
     return jobs
 
 
-def last_quarter(log, name):
-    values = [entry[name] for entry in log if name in entry]
+def last_quarter(values):
     return statistics.mean(values[len(values) * 3 // 4:])
 
 
 def figures_of(out, seeds, setting):
     """{row: {"T/64": {column: [its value for each seed]}}}"""
     figures = {}
-    for row in WITH_ADP:
+    for row in LABELS:
         figures[row] = {}
         for fraction in FRACTIONS:
             of_dt = {column: [] for column in (*COLUMNS, "shares")}
             for seed in seeds:
                 facts = facts_of(out / name_of(seed, label_of(row, fraction, setting)))
-                of_dt["hinge"].append(last_quarter(facts["log"], "discriminator"))
+                hinges = [entry["discriminator"] for entry in facts["log"]
+                          if "discriminator" in entry]
+                of_dt["hinge"].append(last_quarter(hinges))
                 for column in ("cell", "page", "tv", "shares"):
                     of_dt[column].append(facts["measured"][column])
             figures[row][f"T/{fraction}"] = of_dt
@@ -77,14 +78,14 @@ def table(figures):
     for row, of_row in figures.items():
         for dt, of_dt in of_row.items():
             cells = " | ".join(cell(of_dt[column], 3) for column in COLUMNS)
-            lines.append(f"| {WITH_ADP[row]} | {dt} | {cells} |")
+            lines.append(f"| {LABELS[row]} | {dt} | {cells} |")
     return "\n".join(lines)
 
 
 def save_picture(path, out, seeds, setting, figures):
     """A line with ADP and one without: the critic's hinge, and for each dt the shares."""
     figure, axes = pyplot().subplots(
-        len(WITH_ADP), 1 + len(FRACTIONS), figsize=(15, 5.6), layout="constrained",
+        len(LABELS), 1 + len(FRACTIONS), figsize=(15, 5.6), layout="constrained",
         width_ratios=(1.6, 1, 1, 1, 1))
     edges = [k - 0.5 for k in range(len(SHARES) + 1)]
     for (row, of_row), (hinges, *histograms) in zip(figures.items(), axes):
@@ -100,7 +101,7 @@ def save_picture(path, out, seeds, setting, figures):
             page = statistics.mean(of_dt["page"])
             ax.set_title(f"dt = {dt}: pages {page:.2f}, tv {statistics.mean(of_dt['tv']):.2f}",
                          fontsize=9)
-        hinges.set(title=f"{WITH_ADP[row]}: the critic's hinge", xlabel="iteration", ylim=(0, 2.3))
+        hinges.set(title=f"{LABELS[row]}: the critic's hinge", xlabel="iteration", ylim=(0, 2.3))
         hinges.axhline(2, color="0.7", lw=0.8)
         hinges.legend()
     figure.savefig(path, dpi=90)

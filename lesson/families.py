@@ -96,10 +96,9 @@ def rows_of(out, name):
         if not rows:
             rows["teacher"] = entry("teacher", full, 2 * full, found["teacher"])
         if steps not in told:
-            suffix = f"_{steps}" if told else ""
-            rows["teacher_few" + suffix] = entry("teacher", steps, 2 * steps, found["untrained"])
+            rows[f"teacher_{steps}"] = entry("teacher", steps, 2 * steps, found["untrained"])
             if steps > 1:
-                rows["unguided" + suffix] = entry("teacher, unguided", steps, steps,
+                rows[f"unguided_{steps}"] = entry("teacher, unguided", steps, steps,
                                                   found["unguided"])
             told.add(steps)
         evaluations = steps if flags["cfg_student"] is None else 2 * steps

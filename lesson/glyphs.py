@@ -6,7 +6,8 @@ lose, the rare ones. Both are measured exactly, by a reader that compares each c
 
     cell    share of legible cells: those within 0.15 of a pattern in mean squared distance
     page    share of legible pages: all nine cells are
-    tv      total variation between the shares of the legible glyphs and the true ones, 0 to 1
+    tv      total variation between the shares of the legible glyphs and the true ones, 0 to 1;
+            0.5 where nothing is legible, which says nothing
 
 and, as Table 6 asks, `diversity`: how often the same cell of two pages differs (0.85 of true ones).
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from lesson.glyphs import (SCHEDULE, SHAPE, latent_discriminator, measure, no_prompt,
                            shipped_teacher, unet)
-from lesson.students import (Setting, Student, World, teacher_pairs, train_a1, train_adp,
+from lesson.students import (Given, Setting, Student, teacher_pairs, train_a1, train_adp,
                              train_matching, train_phased)
 from phased_dmd import Expert, generate
 from training.draws import stream
@@ -26,11 +26,12 @@ from training.errors import Failure
 from training.scripts import a_count, a_factor, folder_for
 
 RESULTS = Path(__file__).parent / "results"
+PAIRS = "pairs"                                 # in the place of a row: the teacher's ODE pairs
 
 
 class Row(NamedTuple):
     what: str                   # in words
-    train: Callable             # (world) -> Student; with `follows`, (world, after=Student)
+    train: Callable             # (given) -> Student; with `follows`, (given, after=Student)
     paper: float = None         # HPSv2 of the paper's Tab. 4 and 5
     follows: str = None         # the row whose student it starts from
     pairs: bool = False         # whether it needs the teacher's ODE pairs
@@ -58,12 +59,11 @@ ROWS = {                        # in the order in which they are trained
 
 
 class Job(NamedTuple):
-    """One student to train: a row, a seed, a setting."""
-    row: str
+    """One student to train: a row, a seed, a setting; or what comes before, the pairs of a seed."""
+    row: str                    # of ROWS, or PAIRS
     seed: int
     setting: Setting
     label: str = ""             # of its file, where one row is trained at several settings
-    pairs: bool = False         # not a student at all, but the pairs of its seed
 
     @property
     def name(self):
@@ -71,12 +71,12 @@ class Job(NamedTuple):
 
     def needs(self):
         """The names of the jobs that come first."""
-        if self.pairs:
+        if self.row == PAIRS:
             return []
         row = ROWS[self.row]
         if row.follows:
             return [name_of(self.seed, row.follows)]
-        return [name_of(self.seed, "pairs")] if row.pairs else []
+        return [name_of(self.seed, PAIRS)] if row.pairs else []
 
 
 def name_of(seed, label):
@@ -107,7 +107,7 @@ def parse_with_results(p):
 
 
 def pairs_job(seed, setting):
-    return Job("pairs", seed, setting, pairs=True)
+    return Job(PAIRS, seed, setting)
 
 
 # ------------------------------------------------------------------------------------ keeping them
@@ -158,7 +158,7 @@ def student_pages(student, count):
 
 def kept_pairs(out, seed):
     """The teacher's ODE pairs (x_T, x_0) of a seed, each [pairs,1,12,12]."""
-    tensors = load_file(f"{out / name_of(seed, 'pairs')}.safetensors")
+    tensors = load_file(f"{out / name_of(seed, PAIRS)}.safetensors")
     return tensors["x_T"], tensors["x_0"]
 
 
@@ -189,25 +189,25 @@ def run_job(out, job):
     path = out / job.name
     path.parent.mkdir(parents=True, exist_ok=True)
     facts = dict(setting=asdict(job.setting))
-    if job.pairs:
+    if job.row == PAIRS:
         x_T, x_0 = teacher_pairs(teacher, job.setting, job.seed)
         save_file(dict(x_T=x_T, x_0=x_0), f"{path}.safetensors")
         Path(f"{path}.json").write_text(json.dumps(facts))
         return job
     row = ROWS[job.row]
     pairs = kept_pairs(out, job.seed) if row.pairs else None
-    world = World(teacher, pairs, job.setting, job.seed)
+    given = Given(teacher, pairs, job.setting, job.seed)
     further = {}
     if row.follows:
         further["after"] = load_student(out / job.needs()[0])
-    student = row.train(world, **further)
+    student = row.train(given, **further)
     measured = measure(student_pages(student, job.setting.count))
     save_student(path, student, dict(facts, measured=measured))
     return job
 
 
 def report(out, job, began):
-    if not job.pairs:
+    if job.row != PAIRS:
         found = facts_of(out / job.name)["measured"]
         print(f"{time.time() - began:5.0f} s  {job.name:24s}cell {found['cell']:.3f}   "
               f"page {found['page']:.3f}   tv {found['tv']:.3f}", flush=True)
@@ -215,7 +215,7 @@ def report(out, job, began):
 
 def run_jobs(out, jobs, processes):
     """All jobs in the order given, `processes` at a time (1: in this process). One that needs
-    another waits for it. Those that OUT has already are not made again."""
+    another, which is among them, waits for it. Those that OUT has already are not made again."""
     began = time.time()
     finished = {job.name for job in jobs if is_finished(out, job)}
     waiting = [job for job in jobs if job.name not in finished]
@@ -231,6 +231,8 @@ def run_jobs(out, jobs, processes):
             for job in ready[:processes - len(running)]:
                 running.add(pool.submit(run_job, out, job))
                 waiting.remove(job)
+            if not running:
+                raise ValueError(f"none of the jobs makes what {waiting[0].name} needs")
             ended, running = wait(running, return_when=FIRST_COMPLETED)
             for future in ended:
                 job = future.result()

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from discriminators import HINGE
-from lesson.dt import FRACTIONS, dt_of
+from lesson.dt import FRACTIONS, dt_of, last_quarter
 from lesson.worlds import Mixture, Net
 from ode import Schedule, predict
 from training.draws import stream
@@ -105,7 +105,7 @@ def learn(dt, seed):
         hinges.append(loss.item())
         if (i + 1) * BATCH in SAMPLES:
             cosines.append(agreement(critic, dt, stream(seed, 1)))
-    return critic, cosines, statistics.mean(hinges[-len(hinges) // 4:])
+    return critic, cosines, last_quarter(hinges)
 
 
 def table(result):

@@ -62,7 +62,7 @@ class Setting:
                        batch_without_adp=min(self.batch_without_adp, most), **changed)
 
 
-class World(NamedTuple):
+class Given(NamedTuple):
     """What a student is trained with."""
     teacher: torch.nn.Module
     pairs: tuple                # (x_T, x_0), each [pairs,1,12,12]
@@ -85,22 +85,22 @@ def teacher_pairs(teacher, setting, seed):
     return x_T, generated(teacher, x_T, SCHEDULE.stops(setting.pair_steps))
 
 
-def pair_batches(world, stage):
+def pair_batches(given, stage):
     """`batches` of adm.adp and adm.reflow."""
-    x_T, x_0 = world.pairs
-    n = world.setting.batch
+    x_T, x_0 = given.pairs
+    n = given.setting.batch
 
     def batches(iteration):
-        draws = Draws((world.seed, stage), iteration, [0], SHAPE, block=n)
+        draws = Draws((given.seed, stage), iteration, [0], SHAPE, block=n)
         pick = (draws.uniform() * len(x_T)).long()
         return [(draws, x_0[pick], x_T[pick], no_prompt(n))]
     return batches
 
 
-def noise_batches(world, stage, n):
+def noise_batches(given, stage, n):
     """`batches` of n samples, for adm.adm and phased_dmd.phased_dmd."""
     def batches(iteration):
-        draws = Draws((world.seed, stage), iteration, [0], SHAPE, block=n)
+        draws = Draws((given.seed, stage), iteration, [0], SHAPE, block=n)
         return [(draws, no_prompt(n), no_prompt(n))]
     return batches
 
@@ -150,74 +150,74 @@ def averaged(net, optimizer, iterations, losses_of_stage, setting, watch=0):
 
 # ------------------------------------------------------------------------------------ the students
 
-def train_a1(world):
+def train_a1(given):
     """Squared error on the pairs: rectified flow."""
-    setting = world.setting
-    net = trainable_copy(world.teacher)
+    setting = given.setting
+    net = trainable_copy(given.teacher)
     optimizer = optimizer_of(net, setting.lr_a1)
-    losses = reflow(net, optimizer, SCHEDULE, pair_batches(world, A1), setting.iterations_a1)
+    losses = reflow(net, optimizer, SCHEDULE, pair_batches(given, A1), setting.iterations_a1)
     average, log, seconds = averaged(net, optimizer, setting.iterations_a1, losses, setting)
     return Student([Expert(average, ONE_STEP)], None, log, seconds)
 
 
-def train_adp(world, backbone=None, weights=(0.85, 0.15)):
+def train_adp(given, backbone=None, weights=(0.85, 0.15)):
     """backbone: of the pixel discriminator, another than the setting's."""
-    setting = world.setting
-    torch.manual_seed(world.seed)               # of the heads
-    net = trainable_copy(world.teacher)
-    latent = latent_discriminator(world.teacher)
+    setting = given.setting
+    torch.manual_seed(given.seed)               # of the heads
+    net = trainable_copy(given.teacher)
+    latent = latent_discriminator(given.teacher)
     pixel = pixel_discriminator(backbone or setting.backbone)
     optimizers = (optimizer_of(net, setting.lr_adp), optimizer_of(latent.heads, setting.lr_heads),
                   optimizer_of(pixel.heads, setting.lr_heads))
     losses = adp(net, D_1=latent, D_2=pixel, decode=lambda x: x, optimizers=optimizers,
-                 schedule=SCHEDULE, line=SCHEDULE, batches=pair_batches(world, ADP),
+                 schedule=SCHEDULE, line=SCHEDULE, batches=pair_batches(given, ADP),
                  iterations=setting.iterations_adp, weights=weights)
     average, log, seconds = averaged(net, optimizers[0], setting.iterations_adp, losses, setting)
     return Student([Expert(average, ONE_STEP)], latent.heads, log, seconds)
 
 
-def train_matching(world, judge, after=None, ttur=1):
+def train_matching(given, judge, after=None, ttur=1):
     """ADM or DMD. judge: "adm" or "dmd". after: ADP's Student to start from; None: the teacher."""
-    setting = world.setting
-    torch.manual_seed(world.seed + 1)
+    setting = given.setting
+    torch.manual_seed(given.seed + 1)
     if after is None:
-        net = trainable_copy(world.teacher)
+        net = trainable_copy(given.teacher)
         rate, iterations = setting.lr_without_adp, setting.iterations_without_adp
         batch = setting.batch_without_adp
     else:
         net = trainable_copy(after.experts[0].net)
         rate, iterations, batch = setting.lr_adm, setting.iterations_adm, setting.batch
-    fake = trainable_copy(world.teacher)
+    fake = trainable_copy(given.teacher)
     optimizers = [optimizer_of(net, rate), optimizer_of(fake, setting.lr_fake), None]
     discriminator = None
     dt = None                   # DMD takes no step: its times begin at the paper's T/64
     if judge == "adm":
         dt = setting.dt
-        discriminator = latent_discriminator(world.teacher)
+        discriminator = latent_discriminator(given.teacher)
         if after is not None and setting.warm_heads:
             discriminator = Discriminator(discriminator.taps, deepcopy(after.heads))
         optimizers[2] = optimizer_of(discriminator.heads, setting.critic_ratio * rate)
-    losses = adm(net, Scores(fake, world.teacher, SCHEDULE), discriminator, optimizers=optimizers,
+    losses = adm(net, Scores(fake, given.teacher, SCHEDULE), discriminator, optimizers=optimizers,
                  student_schedule=SCHEDULE, stops=ONE_STEP, guidance=(1.0, 1.0),
-                 batches=noise_batches(world, ADM, batch), iterations=iterations, ttur=ttur, dt=dt)
+                 batches=noise_batches(given, ADM, batch), iterations=iterations, ttur=ttur, dt=dt)
     average, log, seconds = averaged(net, optimizers[0], iterations, losses, setting, WATCHED)
     seconds += after.seconds if after is not None else 0
     return Student([Expert(average, ONE_STEP)], None, log, seconds)
 
 
-def train_phased(world, boundaries):
+def train_phased(given, boundaries):
     """DMD in four steps, one expert for each phase. boundaries: where it is cut; none: SGTS."""
-    setting = world.setting
+    setting = given.setting
     phases = cut_into_phases(FOUR_STEPS, boundaries)
     iterations = max(1, setting.iterations_phased // len(phases))
     experts, all_logs, all_seconds = [], [], 0.0
     for k, stops in enumerate(phases):
-        net, fake = trainable_copy(world.teacher), trainable_copy(world.teacher)
+        net, fake = trainable_copy(given.teacher), trainable_copy(given.teacher)
         optimizers = (optimizer_of(net, setting.lr_phased, beta_2=0.999),
                       optimizer_of(fake, setting.lr_fake, beta_2=0.999))
-        losses = phased_dmd([*experts, Expert(net, stops)], Scores(fake, world.teacher, SCHEDULE),
+        losses = phased_dmd([*experts, Expert(net, stops)], Scores(fake, given.teacher, SCHEDULE),
                             optimizers=optimizers, guidance=(1.0, 1.0),
-                            batches=noise_batches(world, PHASED + k, setting.batch),
+                            batches=noise_batches(given, PHASED + k, setting.batch),
                             iterations=iterations)
         average, log, seconds = averaged(net, optimizers[0], iterations, losses, setting)
         experts.append(Expert(average, stops))

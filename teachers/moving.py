@@ -23,11 +23,12 @@ from pathlib import Path
 import torch
 
 from teachers.shapes import (COLOURS, SHAPES, agreement, colour_of, grounds_and_colours,
-                             misnamed, names_of_pixels, pairs_that_differ, stencil)
+                             misnamed, names_of_pixels, one_line_of, pairs_that_differ, stencil)
 from training.errors import run_main
 from training.export import load_student
 from training.pictures import contact_sheet
 from training.scripts import a_count, folder_for, parser_for, zero_or_more
+from training.terminal import quiet
 
 SHIPPED = Path(__file__).parent / "cogvideox"
 
@@ -163,6 +164,7 @@ def drawn_by(pipe, captions, seed=0, batch=64, **call):
 
 def shipped_teacher():
     """The trained pipeline of teachers/cogvideox, float32."""
+    quiet()
     from diffusers import CogVideoXPipeline
     return CogVideoXPipeline.from_pretrained(str(SHIPPED)).to(torch.float32)
 
@@ -171,7 +173,7 @@ def mark_and_tell(name, pipe, samples, seed, **call):
     captions = captions_in_turn(samples)
     drawn = drawn_by(pipe, captions, seed, **call)
     found = marks(drawn, captions)
-    print(f"{name}: " + "   ".join(f"{mark} {value:.3f}" for mark, value in found.items()))
+    print(f"{name}: {one_line_of(found)}")
     return drawn, found
 
 

@@ -139,9 +139,9 @@ def test_dmd_draws_its_times_from_a_64th_whatever_the_critics_step_is(monkeypatc
         return iter(())
     monkeypatch.setattr(students, "adm", watch)
     setting = Setting().scaled(0.001)
-    world = students.World(lesson.glyphs.shipped_teacher(), None, setting, 0)
+    given = students.Given(lesson.glyphs.shipped_teacher(), None, setting, 0)
     for judge in ("adm", "dmd"):
-        students.train_matching(world, judge)
+        students.train_matching(given, judge)
     assert asked == {False: setting.dt, True: None} and setting.dt == 167
 
 

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from adm import Scores, adm
 from discriminators import Discriminator
 from families import sdxl
+from families.wan import ByNoise
 from ode import Schedule
 from tiny import Float64Draws
 from training.heads import heads_for
@@ -142,3 +143,13 @@ def test_a_copy_of_a_plain_network_is_its_own():
     next(twin.parameters()).data.add_(1)
     assert (next(twin.parameters()) - next(net.parameters())).abs().min() > 0.5
     assert deepcopy(net).state_dict().keys() == twin.state_dict().keys()
+
+
+def test_a_copy_of_two_networks_has_no_adapters():
+    """Wan 2.2's: the fake score of Phased DMD is a copy of both, of which the generator adapts one.
+    """
+    both = ByNoise(unet(), unet(), boundary=500)
+    names = both.state_dict().keys()
+    Lora(both.high, "phase1", 2, 2, TARGETS)
+    assert any("lora" in name for name in both.state_dict())
+    assert full_copy(both).state_dict().keys() == names

@@ -40,7 +40,6 @@ from adm import Scores, adm
 from discriminators import Discriminator
 from families import sd3
 from ode import Schedule
-from training.checkpoints import trained_state
 from training.draws import Draws
 from training.heads import latent_heads
 from training.networks import place, prepare, trainable
@@ -61,7 +60,7 @@ class Watched(Optimizer):
 
 def state_of(nets):
     return {f"{n}.{k}": whole(p.detach()).clone()
-            for n, net in nets.items() for k, p in trained_state(net).items()}
+            for n, net in nets.items() for k, p in net.named_parameters()}
 
 for name in names:
     flags = name.split("+")

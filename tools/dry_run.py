@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 
 from discriminators import Discriminator
+from tools import passes
 from tools.cards import CARDS, LAUNCH
 from tools.passes import blank_prompt, work_and_activations
 from training.heads import heads_for
@@ -51,6 +52,15 @@ class Row(NamedTuple):
         return self.weights + self.optimizer + self.average
 
 
+class Rows(NamedTuple):
+    """Of the networks of a run."""
+    real: Row
+    generator: Row
+    fake: Row
+    heads: Row
+    vae: Row
+
+
 def student_row(name, parameters, lora_rank, shards, average=False):
     """A trained network: float32 weights and gradients, Adam's second moment (there is no first:
     beta_1 = 0). Adapters are small: whole on every rank, and never offloaded."""
@@ -62,8 +72,8 @@ def student_row(name, parameters, lora_rank, shards, average=False):
 
 
 def memory_rows(args, pipe, net, heads, family, networks, shards):
-    """[Row, ...], and the bytes of the teacher that lie outside of its blocks: of a frozen network
-    they are whole on every rank, and not offloaded.
+    """Rows, and the bytes of the teacher that lie outside of its blocks: of a frozen network they
+    are whole on every rank, and not offloaded.
 
     networks: how many like `net` the teacher has. shards: ranks that share a network's weights.
     """
@@ -71,31 +81,32 @@ def memory_rows(args, pipe, net, heads, family, networks, shards):
     size = count(net) * networks
     outside = (count(net) - sum(map(count, blocks_of(net)))) * networks
     inside = size - outside
-    rows = [Row("real score and backbone", size, (inside / shards + outside) * bytes_of,
-                offloaded=True)]
+    real = Row("real score and backbone", size, (inside / shards + outside) * bytes_of,
+               offloaded=True)
 
     adapted = [module for name, module in net.named_modules()
                if isinstance(module, torch.nn.Linear) and name.endswith(family.lora_layers)]
-    for name, rank, average in (("generator", args.lora_rank, args.ema > 0),
-                                ("fake score", args.lora_rank_fake, False)):
-        parameters = size
-        if rank:
-            widths = sum(module.in_features + module.out_features for module in adapted)
-            parameters = networks * rank * widths
-        rows.append(student_row(name, parameters, rank, shards, average))
-    rows.append(student_row("heads", count(heads), 0, shards))
-    rows.append(Row("VAE", count(pipe.vae), bytes_of * count(pipe.vae)))
+    widths = sum(module.in_features + module.out_features for module in adapted)
+
+    def trained(rank):
+        return networks * rank * widths if rank else size
+
+    rows = Rows(
+        real,
+        student_row("generator", trained(args.lora_rank), args.lora_rank, shards, args.ema > 0),
+        student_row("fake score", trained(args.lora_rank_fake), args.lora_rank_fake, shards),
+        student_row("heads", count(heads), 0, shards),
+        Row("VAE", count(pipe.vae), bytes_of * count(pipe.vae)))
     return rows, outside * bytes_of
 
 
 def rest_on(rows, offload, pinned):
     """(bytes on the device, bytes on the host) between passes. Gradients of the fake score are gone
     before the generator's and the heads' are there. pinned: see pinned_over_plain."""
-    _, generator, fake, heads, _ = rows
-    if fake.gradients > generator.gradients + heads.gradients:
-        with_gradients = [fake]
+    if rows.fake.gradients > rows.generator.gradients + rows.heads.gradients:
+        with_gradients = [rows.fake]
     else:
-        with_gradients = [generator, heads]
+        with_gradients = [rows.generator, rows.heads]
     device, host = 0, 0
     for row in rows:
         gradients = row.gradients if row in with_gradients else 0
@@ -122,7 +133,7 @@ def pinned_over_plain(net, shards):
 
 class Costs(NamedTuple):
     """Of one rank, in bytes; work in operations."""
-    rows: list
+    rows: Rows
     held: float             # on the device between passes
     offloaded: float        # on the host
     gathered: float         # whole blocks while they run, of sharded or offloaded networks
@@ -164,12 +175,12 @@ def costs(args, pipe, family, latent, ranks):
         offloaded -= outside
     gathered = 0
     if args.fsdp or args.cpu_offload:
-        largest = max(map(count, blocks_of(net)), default=rows[0].parameters)
+        largest = max(map(count, blocks_of(net)), default=rows.real.parameters)
         gathered = 2 * largest * dtype.itemsize
-    of_generator = (kept["G, forward and backward"] + kept["f, gradient of its input"]
-                    + kept["taps of x_fake, with gradient"])
+    of_generator = (kept[passes.GENERATOR_LEARNS] + kept[passes.THROUGH_FAKE]
+                    + kept[passes.THROUGH_TAPS])
     return Costs(rows, held, offloaded, gathered,
-                 activations=max(kept["f learns"], of_generator), work=work)
+                 activations=max(kept[passes.FAKE_LEARNS], of_generator), work=work)
 
 
 def gib(size):
@@ -186,7 +197,7 @@ def print_table(found, args):
         print(f"{row.name:32s}{row.parameters / 1e6:12.1f} M{gib(row.weights)}"
               f"{gib(row.gradients)}{gib(row.optimizer)}{gib(row.average)}")
     remark = "blocks recomputed" if args.grad_checkpointing else "all kept"
-    loading = gib(4 * found.rows[0].parameters).strip()
+    loading = gib(4 * found.rows.real.parameters).strip()
     print(f"\n{'held between passes, on the device':42s}{gib(found.held)}")
     print(f"{'gathered blocks, two at a time':42s}{gib(found.gathered)}")
     print(f"{'activations for the backward pass':42s}{gib(found.activations)}   ({remark})")
@@ -240,12 +251,12 @@ def print_stages(args, stages):
 
 def print_disk(args, rows, latent):
     """What --out grows to. Of checkpoints two are kept, and a third is written before one goes."""
-    _, generator, fake, heads, _ = rows
-    checkpoint = 4 * (2 * generator.parameters + 2 * fake.parameters + 2 * heads.parameters)
+    trained = rows.generator.parameters + rows.fake.parameters + rows.heads.parameters
+    checkpoint = 4 * 2 * trained                # weights and second moments
     if args.ema:
-        checkpoint += 4 * generator.parameters
+        checkpoint += 4 * rows.generator.parameters
     pairs = 2 * 4 * math.prod(latent.shape) * args.pairs
-    print(f"\n{'disk: a checkpoint of ADM, of which three':42s}{gib(checkpoint)}")
+    print(f"\n{'disk: a checkpoint of ADM; there are up to 3':42s}{gib(checkpoint)}")
     print(f"{'disk: pairs, of runs that have them':42s}{gib(pairs)}")
 
 

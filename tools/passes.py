@@ -34,6 +34,19 @@ def blank_prompt(family, config, n, device="meta", tokens=None, dtype=torch.floa
 
 # ------------------------------------------------------------------------------------- the passes
 
+# of one iteration of ADM, as --dry-run prints them
+SAMPLES = "G samples for f"
+FAKE_LEARNS = "f learns"
+GENERATOR_LEARNS = "G, forward and backward"
+THROUGH_FAKE = "f, gradient of its input"
+GUIDED_TEACHER = "F with guidance"
+THROUGH_TAPS = "taps of x_fake, with gradient"
+TAPS_OF_REAL = "taps of x_real"
+HEADS = "heads"
+TRAIN = (FAKE_LEARNS, GENERATOR_LEARNS)         # the network's weights
+KEEP = (*TRAIN, THROUGH_FAKE, THROUGH_TAPS)     # activations for a backward pass
+
+
 def start_of_graph(x):
     """x, as where a gradient is wanted. A view of the leaf, because FlopCounterMode cannot end at a
     leaf itself."""
@@ -87,12 +100,11 @@ def passes(generator, fake_score, real_score, discriminator, x, t, cond, uncond)
         torch.autograd.grad(heads(starts).mean(), starts)
         hinge_discriminator(heads(maps), heads(maps)).backward()
 
-    return {"G samples for f": generator_samples, "f learns": partial(learn, fake_score),
-            "G, forward and backward": partial(learn, generator),
-            "f, gradient of its input": input_gradient_of_fake_score,
-            "F with guidance": guided_real_score,
-            "taps of x_fake, with gradient": input_gradient_of_taps,
-            "taps of x_real": features, "heads": heads_for_both_updates}
+    return {SAMPLES: generator_samples, FAKE_LEARNS: partial(learn, fake_score),
+            GENERATOR_LEARNS: partial(learn, generator),
+            THROUGH_FAKE: input_gradient_of_fake_score, GUIDED_TEACHER: guided_real_score,
+            THROUGH_TAPS: input_gradient_of_taps, TAPS_OF_REAL: features,
+            HEADS: heads_for_both_updates}
 
 
 # ----------------------------------------------------------------------------- what they cost
@@ -161,24 +173,22 @@ def saved_bytes(function, net, recompute):
 
 
 def work_and_activations(net, discriminator, x, t, cond, recompute):
-    """Of an ADM iteration of one step, a micro-batch: ({pass: operations}, {pass: bytes it keeps
-    for its backward})."""
+    """Of an ADM iteration of one step, a micro-batch: ({pass: operations}, {each of KEEP: bytes it
+    keeps for its backward})."""
     work, kept = {}, {}
     each = passes(generator=net, fake_score=net, real_score=net, discriminator=discriminator,
                   x=x, t=t, cond=cond, uncond=cond)
     for name, function in each.items():
-        trains = name in ("f learns", "G, forward and backward")
-        net.requires_grad_(trains)
+        net.requires_grad_(name in TRAIN)
         with FlopCounterMode(display=False) as counter:
             function()
         work[name] = counter.get_total_flops()
-        kept[name] = 0
-        if trains or "gradient" in name:
+        if name in KEEP:
             kept[name] = saved_bytes(function, net, recompute)
         net.requires_grad_(False)
         net.zero_grad()
         discriminator.heads.zero_grad()
     if recompute:
-        again = work["G samples for f"] * 3 + work["taps of x_real"]
+        again = work[SAMPLES] * 3 + work[TAPS_OF_REAL]
         work["blocks' forward passes once more, for checkpointing"] = again
     return work, kept

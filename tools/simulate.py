@@ -163,21 +163,20 @@ def simulate(args, pipe, family, ranks=1, encoder=vision_encoder):
     """
     if args.fsdp or args.cpu_offload:
         process_group(ranks)
-    given, args = args, SimpleNamespace(**vars(args))
-    args.accumulate = min(args.accumulate, 2)
-    args.iterations_adp = args.iterations_adm = args.iterations_phase = 10**6
-    args.dt = args.dt and args.dt[0]
-    latent = family.latent(pipe, getattr(pipe, family.network), args)
+    short = SimpleNamespace(**vars(args))
+    short.accumulate = min(args.accumulate, 2)
+    short.iterations_adp = short.iterations_adm = short.iterations_phase = 10**6
+    latent = family.latent(pipe, getattr(pipe, family.network), short)
     schedule = family.schedule(pipe, latent)
     with (pretended(args.dry_run_card) as watch, ExitStack() as patches,
           tempfile.TemporaryDirectory() as folder):
-        found = Simulation(given, watch)
+        found = Simulation(args, watch)
         for name, other in dict(load_pairs=pairs_of, load_vision_encoder=encoder,
                                 follow=found.follow).items():
             patches.enter_context(mock.patch.object(train_sdxl, name, other))
-        teacher = PretendedTeacher(args, pipe, family, schedule, latent)
-        run = Run(args=args, out=SimpleNamespace(path=Path(folder)), teacher=teacher, stop=None,
-                  stages=train_sdxl.stages_of(args, family), checkpoint=None, reached=None,
+        teacher = PretendedTeacher(short, pipe, family, schedule, latent)
+        run = Run(args=short, out=SimpleNamespace(path=Path(folder)), teacher=teacher, stop=None,
+                  stages=train_sdxl.stages_of(short, family), checkpoint=None, reached=None,
                   show=None)
         found.draw(run)
         if args.method == "phased_dmd":

@@ -17,11 +17,6 @@ LIBRARIES = ("torch", "diffusers", "transformers", "peft", "safetensors")
 NUMBER = "[0-9]" * 8            # the iteration in a checkpoint's name
 
 
-def trained_state(net):
-    """{name: parameter} of the parameters that are trained."""
-    return {name: p for name, p in net.named_parameters() if p.requires_grad}
-
-
 # ------------------------------------------------------------------------------------------ saving
 
 def save_checkpoint(folder, facts, nets, optimizers, keep=2):
@@ -29,9 +24,9 @@ def save_checkpoint(folder, facts, nets, optimizers, keep=2):
     must call it together; rank 0 writes.
 
     facts: of the run, with stage and global_iter.
-    nets: {name: network}. optimizers: [Optimizer, ...].
+    nets: {name: network, trained or averaged as a whole}. optimizers: [Optimizer, ...].
     """
-    files = {f"{name}.safetensors": trained_state(net) for name, net in nets.items()}
+    files = {f"{name}.safetensors": dict(net.named_parameters()) for name, net in nets.items()}
     for optimizer in optimizers:
         files[f"optimizer_{optimizer.name}.safetensors"] = moments(optimizer)
     if world()[0] != 0:
@@ -72,7 +67,8 @@ def load_checkpoint(path, facts, nets, optimizers):
     same_facts(path, found, facts)
     check_counters(path, found)
     for name, net in nets.items():
-        check_tensors(path, name, trained_state(net), files.get(f"{name}.safetensors", {}))
+        check_tensors(path, name, dict(net.named_parameters()),
+                      files.get(f"{name}.safetensors", {}))
     for optimizer in optimizers:
         name = f"optimizer_{optimizer.name}"
         check_tensors(path, name, expected_moments(optimizer),
@@ -84,7 +80,7 @@ def load_checkpoint(path, facts, nets, optimizers):
                           f"--resume auto")
     with torch.no_grad():
         for name, net in nets.items():
-            for key, p in trained_state(net).items():
+            for key, p in net.named_parameters():
                 put(p, files[f"{name}.safetensors"][key])
     for optimizer in optimizers:
         load_moments(optimizer, files[f"optimizer_{optimizer.name}.safetensors"])

@@ -30,7 +30,7 @@ class Optimizer:
 
     def __init__(self, name, params, lr, clip, betas=(0.0, 0.99)):
         self.name = name
-        self.params = [p for p in params if p.requires_grad]
+        self.params = list(params)
         self.rate = lr
         self.clip = clip
         self.has_momentum = betas[0] != 0
@@ -89,7 +89,7 @@ def average(gradients):
 
 
 class EMA:
-    """Exponential moving average of a generator's trained weights.
+    """Exponential moving average of a generator's weights.
 
     source: the generator.
     decay: 0 for no average.
@@ -113,20 +113,15 @@ class EMA:
             return dict(generator=self.source, average=self.net)
         return dict(generator=self.source)
 
-    def _trained_pairs(self):
-        """[(the average's parameter, the generator's), ...] of those that are trained."""
-        pairs = zip(self.net.parameters(), self.source.parameters())
-        return [(averaged, trained) for averaged, trained in pairs if trained.requires_grad]
-
     @torch.no_grad()
     def update(self):
         """After every step of the generator."""
         if self.decay:
-            averaged, trained = zip(*self._trained_pairs())
+            averaged, trained = list(self.net.parameters()), list(self.source.parameters())
             torch._foreach_lerp_(averaged, trained, 1 - self.decay)
 
     @torch.no_grad()
     def restart(self):
         """Let the generator go on from its average."""
-        for averaged, trained in self._trained_pairs():
+        for averaged, trained in zip(self.net.parameters(), self.source.parameters()):
             trained.copy_(averaged)
