@@ -133,6 +133,7 @@ def run_main(main):
         if dist.is_initialized():
             # not by way of destroy_process_group: NCCL's waits for the other ranks, and they may be
             # in the middle of a collective, waiting for this one
+            sys.stdout.flush()
             os._exit(1)
         raise SystemExit(1)
     if dist.is_initialized():
