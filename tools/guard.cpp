@@ -1,6 +1,6 @@
-// A CUDA device that does nothing, for a build of torch without CUDA: before a backward pass autograd
-// asks the hooks whether there is a device, and its guard for number, streams and events. See
-// guard.py.
+// A CUDA device that does nothing: before a backward pass autograd asks the hooks whether there is
+// a device, and its guard for number, streams and events. A build of torch with CUDA has both, too:
+// the hooks here go before its own, and the guard is registered after it. See guard.py.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
@@ -31,11 +31,11 @@ struct Guard : impl::DeviceGuardImplInterface {
   void synchronizeDevice(const DeviceIndex) const override {}
   void recordDataPtrOnStream(const DataPtr&, const Stream&) const override {}
 };
-}  // namespace
 
-namespace c10::impl {
-C10_REGISTER_GUARD_IMPL(CUDA, Guard)
+extern "C" void register_guard() {
+  static impl::DeviceGuardImplRegistrar registrar(DeviceType::CUDA, new Guard());
 }
+}  // namespace
 
 namespace at {
 struct Hooks : CUDAHooksInterface {
@@ -58,5 +58,5 @@ struct Hooks : CUDAHooksInterface {
   DeviceIndex maybeExchangeDevice(DeviceIndex) const override { return 0; }
 };
 
-C10_REGISTER_TYPED_CLASS(CUDAHooksRegistry, "CUDAHooks", Hooks)
+C10_REGISTER_TYPED_CLASS_WITH_PRIORITY(CUDAHooksRegistry, "CUDAHooks", REGISTRY_PREFERRED, Hooks)
 }  // namespace at

@@ -182,6 +182,7 @@ def pretended(card="h100"):
     answers = dict(is_available=True, is_initialized=True, current_device=0, set_device=None,
                    device_count=1, is_bf16_supported=True, synchronize=None,
                    get_device_capability=(9, 0), get_device_name="pretended", empty_cache=None,
+                   is_current_stream_capturing=False,
                    manual_seed=None, manual_seed_all=None, _is_in_bad_fork=False,
                    reset_peak_memory_stats=None, max_memory_allocated=0,
                    current_stream=Pretended(), default_stream=Pretended(), stream=nullcontext())
@@ -194,6 +195,8 @@ def pretended(card="h100"):
         mock.patch.object(torch.accelerator, "current_stream", Pretended),
         mock.patch.object(torch.Tensor, "record_stream", lambda tensor, stream: None),
         mock.patch.object(FakeTensorMode, "avoid_device_init", property(lambda mode: True)),
+        # that of torch 2.10, in a build with CUDA, makes a tensor on the device
+        mock.patch.object(fake_tensor, "init_gpu_context", lambda device: None),
         mock.patch.object(fake_tensor, "CONSTANT_NUMEL_LIMIT", 0),
         mock.patch.object(torch.UntypedStorage, "resize_", resize_storage),
         mock.patch.object(torch.nn.Module, "_apply", replace_parameters),
