@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 from copy import deepcopy
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import pytest
@@ -109,7 +110,11 @@ def test_dry_run_needs_no_weights(tmp_path):
                          folder=tmp_path).wait())
     size = sum(p.numel() for p in pipe.transformer.parameters())
     assert re.search(rf"real score and backbone +{size / 1e6:.1f} M", done.stdout), done.stdout
-    assert "a100 at 187 TFLOP/s" in done.stdout and not (tmp_path / "out").exists()
+    if find_spec("torch.distributed._meta_registrations"):
+        assert "a100 at 187 TFLOP/s" in done.stdout
+    else:
+        assert "no collectives of fake tensors" in done.stderr
+    assert not (tmp_path / "out").exists()
     shutil.rmtree(tmp_path / "model")
 
 

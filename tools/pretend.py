@@ -17,6 +17,7 @@ import weakref
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
@@ -36,6 +37,7 @@ from tools.cards import CARDS, LAUNCH
 
 aten = torch.ops.aten
 DEVICE = torch.device("cuda", 0)
+CAN_SHARD = find_spec("torch.distributed._meta_registrations") is not None
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -149,7 +151,11 @@ class Pretended:
 
 
 def process_group(ranks=1):
-    """Make this process rank 0 of so many, of which there are no others."""
+    """Make this process rank 0 of so many, of which there are no others. Raises OSError for a torch
+    that cannot pretend what they would send each other."""
+    if not CAN_SHARD:
+        raise OSError(f"torch {torch.__version__} has no collectives of fake tensors, which --fsdp "
+                      f"and --cpu-offload need; torch 2.13 has")
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
 
 
