@@ -21,7 +21,7 @@ from lesson.glyphs import SCHEDULE, SHARES
 from lesson.rows import (Job, add_run_flags, facts_of, name_of, pairs_job, parse_with_results,
                          run_jobs)
 from lesson.students import Setting
-from lesson.tables import cell, smoothed
+from lesson.tables import cell, smoothed, values_of
 from training.errors import run_main
 from training.pictures import pyplot
 from training.scripts import parser_for, zero_or_more
@@ -64,9 +64,7 @@ def figures_of(out, seeds, setting):
             of_dt = {column: [] for column in (*COLUMNS, "shares")}
             for seed in seeds:
                 facts = facts_of(out / name_of(seed, label_of(row, fraction, setting)))
-                hinges = [entry["discriminator"] for entry in facts["log"]
-                          if "discriminator" in entry]
-                of_dt["hinge"].append(last_quarter(hinges))
+                of_dt["hinge"].append(last_quarter(values_of(facts["log"], "discriminator")))
                 for column in ("cell", "page", "tv", "shares"):
                     of_dt[column].append(facts["measured"][column])
             figures[row][f"T/{fraction}"] = of_dt

@@ -77,9 +77,14 @@ def table(figures):
     return "\n".join(lines)
 
 
+def values_of(log, name):
+    """A loss of a log, one value for each iteration that has it."""
+    return [entry[name] for entry in log if name in entry]
+
+
 def smoothed(log, name):
     """A loss of a log, in means over WIDTH iterations -> (iterations, means)."""
-    values = [entry[name] for entry in log if name in entry]
+    values = values_of(log, name)
     starts = range(0, len(values), WIDTH)
     return starts, [statistics.mean(values[k:k + WIDTH]) for k in starts]
 

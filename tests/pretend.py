@@ -10,7 +10,7 @@ from functools import partial
 import pipelines
 from families.family import of_medium
 from teachers import make_sdxl
-from tools.pretend import CAN_SHARD
+from tools.cards import CAN_SHARD
 from training.flags import parser_of
 
 FAMILIES = of_medium("image") | of_medium("video")

@@ -4,12 +4,12 @@ import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 
 import pytest
 
 from cli import ROOT
 from tools import bench, bench_rows
+from tools.cards import CAN_SHARD
 
 STAGES = {
     "sd3, ADP and ADM": ["pairs", "a picture", "adp", "adm"],
@@ -36,8 +36,7 @@ def child(*argv):
 
 
 def needs_collectives():
-    """See CAN_SHARD of tools.pretend, which is imported in processes of its own."""
-    if find_spec("torch.distributed._meta_registrations") is None:
+    if not CAN_SHARD:
         pytest.skip("this torch has no collectives of fake tensors")
 
 

@@ -5,8 +5,8 @@ would refuse (tensors of two devices in one operation), how often the host would
 most bytes that live at once, and, at stated rates, about how long it would compute. No figure from
 here is a measurement, and whoever prints one says "simulated".
 
-torch's FakeTensorMode works out shapes and devices, and tools/guard.py makes a build of torch
-without CUDA believe in the device. A process that pretends does nothing else.
+torch's FakeTensorMode works out shapes and devices, and tools/guard.py makes torch believe in the
+device. A process that pretends does nothing else.
 """
 import gc
 import json
@@ -17,7 +17,6 @@ import weakref
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
@@ -33,11 +32,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from tools.cards import CARDS, LAUNCH
+from tools.cards import CAN_SHARD, CARDS, LAUNCH
 
 aten = torch.ops.aten
 DEVICE = torch.device("cuda", 0)
-CAN_SHARD = find_spec("torch.distributed._meta_registrations") is not None
 ROOT = Path(__file__).resolve().parent.parent
 
 
