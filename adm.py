@@ -44,7 +44,7 @@ def algorithm_1(generator, scores, discriminator, optimizers, student_schedule, 
     N, dt = len(stops) - 1, round(schedule.T / 64)
 
     def value(x, t):
-        return D.heads(D.taps(x, timestep=schedule.timestep.to(x.device)[t], **cond))   # [B]
+        return D.heads(D.taps(x, timestep=schedule.timestep[t], **cond))              # [B]
 
     # update fake score estimator f_psi
     z = draws.normal()                                                                # line 8
@@ -119,7 +119,7 @@ def dmd_judge(scores, x0_hat, z_g, t, w, cond, uncond):
     """DMD's judgement of samples x0_hat [B,...] -> (dL/dx0_hat, losses). L is a mean of
     0.5 || x0_hat - sg(x0_hat - g) ||^2 with g = dmd_gradient and sg a stop-gradient."""
     schedule = scores.schedule
-    with torch.no_grad(), frozen(scores.fake):      # frozen, and so by the same kernels as below
+    with torch.no_grad():
         x_t = schedule.add_noise(x0_hat, z_g, t)
         x0_fake, _ = predict(scores.fake, schedule, x_t, t, cond)
         x0_real, _ = predict(scores.real, schedule, x_t, t, cond, uncond, w)
@@ -136,7 +136,7 @@ def adversarial_judge(scores, D, x0_hat, z_g, t, dt, w, cond, uncond, loss=HINGE
     schedule = scores.schedule
     x0_hat = x0_hat.detach().requires_grad_()
     x_t = schedule.add_noise(x0_hat, z_g, t)                                          # line 19
-    told = dict(cond, timestep=schedule.timestep.to(x_t.device)[t - dt])
+    told = dict(cond, timestep=schedule.timestep[t - dt])
     with frozen(scores.fake):       # until its backward is over: checkpointing runs f_psi again
         x0_fake, eps_fake = predict(scores.fake, schedule, x_t, t, cond)
         x_fake = schedule.step(x0_fake, eps_fake, t - dt)                             # line 20
@@ -180,7 +180,7 @@ def adm(generator, scores, discriminator, optimizers, student_schedule, stops, g
     Yields dict(iteration, global_iter, fake, dmd) and, with a discriminator, its and G's loss.
     """
     generator_opt, fake_opt, heads_opt = optimizers
-    schedule, N, G_schedule = scores.schedule, len(stops) - 1, student_schedule
+    schedule, N = scores.schedule, len(stops) - 1
     gen_iter, global_iter = start
     while gen_iter < iterations:                                                      # line 4
         global_iter += 1                                                              # line 5
@@ -190,7 +190,7 @@ def adm(generator, scores, discriminator, optimizers, student_schedule, stops, g
         for draws, cond, uncond in batch:
             z = draws.normal()                                                        # line 8
             with torch.no_grad():                                                     # line 9
-                x_0 = sample(generator, G_schedule, z, stops, cond, uncond, student_w)
+                x_0 = sample(generator, student_schedule, z, stops, cond, uncond, student_w)
             z_f, t_f = draws.normal(), draws.integers(1, schedule.T)                  # line 10
             fake_loss = score_loss(scores.fake, schedule, x_0, z_f, t_f, cond)
             (fake_loss / len(batch)).backward()
@@ -204,9 +204,9 @@ def adm(generator, scores, discriminator, optimizers, student_schedule, stops, g
             z, n = draws.normal(), draws.shared_integer(1, N)                         # line 15
             above, t_n = stops[:N - n + 1], stops[N - n]
             with torch.no_grad():                                                     # line 16
-                x_tn = sample(generator, G_schedule, z, above, cond, uncond, student_w)
+                x_tn = sample(generator, student_schedule, z, above, cond, uncond, student_w)
             # one jump with a gradient: the memory of one pass of G, however many steps      line 17
-            x0_hat, _ = predict(generator, G_schedule, x_tn, t_n, cond, uncond, student_w)
+            x0_hat, _ = predict(generator, student_schedule, x_tn, t_n, cond, uncond, student_w)
             length = step_length(dt, schedule.T, draws)
             z_g, t = draws.normal(), draws.integers(length, schedule.T)               # line 18
             w = draws.uniform(*guidance)
@@ -237,18 +237,18 @@ def adp_times(draws, T):
 
 
 def adp(generator, D_1, D_2, decode, optimizers, schedule, line, batches, iterations, start=0,
-        weights=(0.85, 0.15), loss=HINGE):
+        lambdas=(0.85, 0.15), loss=HINGE):
     """Adversarial distillation pre-training; yields its losses after each step of G. G learns the
     straight line between the ends of the teacher's ODE pairs, as rectified flow does, but two
     discriminators hold it there, and no squared error, which would blur.
 
     D_1: Discriminator on the teacher. D_2: on a vision encoder, which sees decode(x0).
-    weights: (lambda_1, lambda_2). optimizers: of generator, latent heads, pixel heads.
+    lambdas: weights of D_1 and D_2. optimizers: of generator, latent heads, pixel heads.
     schedule: the teacher's. line: the straight one, whose velocity x_T - x_0 G predicts.
     batches(iteration): list of micro-batches (draws, x0_teacher, x_T, cond) whose gradients add up.
     Yields dict(iteration, generator, discriminator, pixel_discriminator) of detached scalars.
     """
-    lambda_1, lambda_2 = weights
+    lambda_1, lambda_2 = lambdas
     for iteration in range(start + 1, iterations + 1):
         batch = batches(iteration)
         for draws, x0_teacher, x_T, cond in batch:
@@ -260,7 +260,7 @@ def adp(generator, D_1, D_2, decode, optimizers, schedule, line, batches, iterat
 
             # D_1 sees latents noised again to t' ~ U(0, T), both by the same noise; D_2 sees images
             noise, t_prime = draws.normal(), draws.integers(1, schedule.T)
-            told = dict(cond, timestep=schedule.timestep.to(x_T.device)[t_prime])
+            told = dict(cond, timestep=schedule.timestep[t_prime])
             latent_fake = D_1.taps(schedule.add_noise(x0_student, noise, t_prime), **told)
             pixel_fake = D_2.taps(decode(x0_student))
             with torch.no_grad():

@@ -11,6 +11,7 @@ tapped (ADM supplement, B.1 and B.2) stands in each family's own file, `taps` in
     CogVideoX           every third DiT block                                   10 or 14
     SAM, DINOv2         layers 3, 6, 9 and 12 of the ViT                         4
 """
+import math
 from typing import NamedTuple
 
 import torch
@@ -41,23 +42,28 @@ class Head(nn.Module):
     def __init__(self, shape, hidden=256, blocks=2):
         super().__init__()
         is_video = len(shape) == 4
-        channels, *frames, height, width = shape
+        channels = shape[0]
+        height, width = shape[-2:]
         depth = min(blocks, min(height, width).bit_length() - 1)
         if depth < 1:
             raise ValueError(f"a head needs a map of at least 2x2, but this tap gives "
                              f"{tuple(shape)}: use larger images or fewer taps")
-        values = height * width * (frames[0] if is_video else 1)        # of a channel
+        values = math.prod(shape[1:])                                   # of a channel
         layers = [group_norm(channels, values)]
         for _ in range(depth):
             if is_video:
                 layers.append(nn.Conv3d(channels, hidden, 3, padding=1))
-                layers.append(nn.Conv3d(hidden, hidden, (1, 3, 3), (1, 2, 2), (0, 1, 1)))
+                layers.append(nn.Conv3d(hidden, hidden, (1, 3, 3), stride=(1, 2, 2),
+                                        padding=(0, 1, 1)))
             else:
-                layers.append(nn.Conv2d(channels, hidden, 4, 2, padding=1))
+                layers.append(nn.Conv2d(channels, hidden, 4, stride=2, padding=1))
             values //= 4
             layers += [group_norm(hidden, values), nn.SiLU()]
             channels = hidden
-        layers.append((nn.Conv3d if is_video else nn.Conv2d)(hidden, 1, 1))
+        if is_video:
+            layers.append(nn.Conv3d(hidden, 1, 1))
+        else:
+            layers.append(nn.Conv2d(hidden, 1, 1))
         self.layers = nn.Sequential(*layers)
 
     def forward(self, features):

@@ -32,8 +32,9 @@ class Schedule:
 
     alpha, sigma: float64 [T+1]. timestep: what the network is told at t, float [T+1].
     pred: what the network predicts: 'eps', 'v', 'flow' or 'sample'.
-    A time `t` below is an int or a LongTensor [B]. Raises ValueError for another `pred`, and for an
-    eps network at zero terminal SNR.
+    The table lies on the device of the samples it is used with (`to`). A time `t` below is an int
+    or a LongTensor [B]. Raises ValueError for another `pred`, and for an eps network at zero
+    terminal SNR.
     """
 
     def __init__(self, alpha, sigma, timestep, pred):
@@ -69,8 +70,8 @@ class Schedule:
 
     def coefficients(self, t, x):
         """(alpha_t, sigma_t) in x's dtype, shaped to multiply x [B,...]."""
-        alpha = self.alpha[t].to(x.device, x.dtype)
-        sigma = self.sigma[t].to(x.device, x.dtype)
+        alpha = self.alpha[t].to(x.dtype)
+        sigma = self.sigma[t].to(x.dtype)
         return to_multiply(alpha, x), to_multiply(sigma, x)
 
     def add_noise(self, x_0, eps, t):
@@ -119,9 +120,10 @@ def join_batches(a, b):
 
 def network_output(net, schedule, x, t, cond):
     """What the network itself says at x [B,...] and times t LongTensor [B], in x's dtype: the one
-    place where a network is asked. cond: its other keyword arguments, batch first."""
-    timestep = schedule.timestep.to(x.device)[t]                                # [B]
-    return net(x, timestep=timestep, **cond, return_dict=False)[0].to(x.dtype)
+    place where a teacher, a score or a student is asked. cond: its other keyword arguments, batch
+    first."""
+    output = net(x, timestep=schedule.timestep[t], **cond, return_dict=False)[0]
+    return output.to(x.dtype)
 
 
 def predict(net, schedule, x, t, cond, uncond=None, w=None):

@@ -44,10 +44,9 @@ class Expert(NamedTuple):
 def renoise_coefficients(schedule, s, t, x):
     """(a, b) of x_t = a x_s + b eps, from time s (int) to times t > s (int or LongTensor [B]),
     shaped to multiply x [B,...]. In float64: b^2 is a small difference of large numbers."""
-    t = torch.as_tensor(t, device=schedule.alpha.device)
     a = schedule.alpha[t] / schedule.alpha[s]
     b = (schedule.sigma[t] ** 2 - (a * schedule.sigma[s]) ** 2).sqrt()
-    return to_multiply(a.to(x.device, x.dtype), x), to_multiply(b.to(x.device, x.dtype), x)
+    return to_multiply(a.to(x.dtype), x), to_multiply(b.to(x.dtype), x)
 
 
 def renoise(schedule, x_s, eps, s, t):

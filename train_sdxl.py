@@ -49,7 +49,8 @@ from training.optimizer import EMA, Optimizer
 from training.output import Output
 from training.pairs import collect_pairs, load_pairs
 from training.pictures import curves
-from training.ranks import StopSignal, barrier, gather_lists, start, tell_once, world
+from training.ranks import (
+    StopSignal, barrier, broadcast, gather_lists, start, tell_once, world)
 from training.sharding import on_rank_0
 from training.show import pictures
 from training.stage import Run, Stage, begin, cure_of_divergence, follow, goodbye
@@ -81,7 +82,7 @@ def run_adp(run, generator, ema, facts):
     iteration, _ = begin(run, stage)
     losses = adp(generator, D_1, D_2, decode, optimizers, teacher.schedule,
                  teacher.line, batches, args.iterations_adp, iteration, args.lambdas)
-    return follow(run, stage, losses, iteration)
+    return follow(run, stage, losses)
 
 
 def run_reflow(run, generator, ema, facts):
@@ -93,7 +94,7 @@ def run_reflow(run, generator, ema, facts):
                   [Expert(ema.net, teacher.line.stops(1))], teacher.line)
     iteration, _ = begin(run, stage)
     losses = reflow(generator, optimizer, teacher.line, batches, args.iterations_adp, iteration)
-    return follow(run, stage, losses, iteration)
+    return follow(run, stage, losses)
 
 
 def run_adm(run, generator, ema, schedule, facts):
@@ -125,7 +126,7 @@ def run_adm(run, generator, ema, schedule, facts):
     losses = adm(generator, scores, discriminator, optimizers, schedule, stops, args.guidance,
                  prompt_batches(args, teacher, "adm"), args.iterations_adm, begun, args.ttur,
                  args.dt, student_w=args.cfg_student)
-    return follow(run, stage, losses, begun[0])
+    return follow(run, stage, losses)
 
 
 def run_dmdx(run):
@@ -209,7 +210,7 @@ def run_phase(run, k, earlier, expert, ema, facts):
                         optimizers, args.guidance, prompt_batches(args, teacher, stage.name),
                         args.iterations_phase, begun, args.ttur, args.weighting, args.narrow,
                         args.clamp)
-    return follow(run, stage, losses, begun[0])
+    return follow(run, stage, losses)
 
 
 # ------------------------------------------------------------------------------------------ the run
@@ -268,7 +269,7 @@ def main(doc, medium):
     family = families[pipeline_class(args.model, families)]
     if args.dry_run:
         pipe = load_pipeline(args, families, hollow="all")
-        dry_run.report(args, pipe, family, args.dry_run)
+        dry_run.report(args, pipe, family)
         return
     began = time.time()
     prompts = read_prompts(args.prompts) if args.prompts else shipped.prompts
@@ -278,9 +279,9 @@ def main(doc, medium):
     threads.choose(device)
     out, stop = Output(args.out, args.resume), StopSignal()
     stages = stages_of(args, family)
-    checkpoint, reached = checkpoint_to_resume(args, out, stages)
-    refuse_without_heads(args, out, stages, reached)
     out.clean()
+    checkpoint, reached = broadcast(checkpoint_to_resume(args, out, stages))
+    refuse_without_heads(args, out, stages, reached)
     report = report_of(args, out, stages)       # what its tracker refuses is told now
     if "adp" in stages and reached != "adm":
         vision_class(args.pixel_backbone)       # what is wrong with it is told before the pairs

@@ -70,7 +70,10 @@ def prompt_shapes(config, tokens):
 
 
 def defaults(config):
-    return dict(steps=8, guidance=[5.0, 7.0], pair_guidance=6.0, pair_steps=50)
+    values = dict(steps=8, guidance=[5.0, 7.0], pair_guidance=6.0, pair_steps=50)
+    if config.get("sample_height") == 300:      # 1.5's: how far its positions reach, no size
+        values.update(height=768, width=1360)
+    return values
 
 
 FAMILY = Family(

@@ -155,6 +155,4 @@ def video_problems(args):
                      f"other steps")
     if args.frames is not None and (args.frames < 1 or args.frames % 4 != 1):
         wrong.append(f"--frames {args.frames}: must be 1 more than a multiple of 4")
-    if args.stage == "adp":
-        wrong.append("--stage adp: ADP is for images; leave the flag out")
     return wrong

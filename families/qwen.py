@@ -1,5 +1,6 @@
 """Qwen-Image: a flow transformer on tokens, four steps, by LoRA. The papers have Phased DMD of it;
-for ADM the values of SD3-Medium *(choice)*.
+for ADM the values of SD3-Medium *(choice)*. The real score's guidance is the plain one, as the
+other families have it; the pipeline's own brings the result back to the prompt's length *(choice)*.
 
 A latent here is what the pipeline carries from step to step: tokens [h/2*w/2, 4C], each of them a
 square of 2x2 of the VAE's latent.
@@ -89,8 +90,6 @@ def prompt_shapes(config, tokens):
 
 def problems(args):
     wrong = []
-    if args.stage == "adp":
-        wrong.append("--stage adp: ADP was made for SDXL's one step; leave the flag out")
     if args.cfg_student is not None:
         wrong.append("--cfg-student: the pipeline rescales what guidance gives, which the trainer "
                      "does not; leave the flag out")

@@ -1,6 +1,10 @@
 """Wan 2.1, and 2.2 with its two transformers: flow models for videos, four steps. Phased DMD's own
 example: two experts are exported as Wan 2.2 keeps its own, `transformer`, `transformer_2` and a
-boundary, which stock diffusers runs as they are. Latents are [C,T,h,w]."""
+boundary, which stock diffusers runs as they are. Latents are [C,T,h,w].
+
+*(choice)*: the empty prompt stands for no prompt, where the models' cards have a list of what is
+not wanted, and both networks of 2.2 are guided by one weight.
+"""
 import torch
 import torch.nn as nn
 
@@ -32,8 +36,9 @@ class ByNoise(nn.Module):
             count = mine.sum().item()
             is_needed = count > 0
             if "sharded" in net.__dict__:
-                is_needed = any_rank(is_needed)             # by another rank: it needs this one's
-            if not is_needed:                               # part of the weights
+                # by another rank, which needs this one's part of the weights
+                is_needed = any_rank(is_needed)
+            if not is_needed:
                 continue
             if count > 0:
                 i = mine.nonzero()[:, 0]
@@ -98,7 +103,10 @@ def problems(args):
 
 
 def defaults(config):
-    return dict(steps=4, guidance=[4.0, 6.0], pair_guidance=5.0, pair_steps=50)
+    values = dict(steps=4, guidance=[4.0, 6.0], pair_guidance=5.0, pair_steps=50)
+    if config.get("in_channels") == 48:             # 2.2 TI2V-5B, which has a VAE of its own
+        values.update(height=704, width=1280, frames=121)
+    return values
 
 
 FAMILY = Family(

@@ -28,8 +28,8 @@ from dataclasses import replace
 import torch
 
 from lesson.glyphs import SCHEDULE, SHARES, measure, pages
-from lesson.rows import (Job, add_run_flags, kept_pairs, load_student, name_of, pairs_job,
-                         run_jobs, student_pages)
+from lesson.rows import (PAIRS, Job, add_run_flags, kept_pairs, load_student, name_of, run_jobs,
+                         student_pages)
 from lesson.students import Setting
 from training.draws import stream
 from training.errors import run_main
@@ -68,7 +68,7 @@ def train_all(args, setting):
         shutil.rmtree(args.out / f"seed{args.seed}", ignore_errors=True)
         (args.out / "result.json").unlink()
     # the first two need no pairs: they are under way while the pairs are collected
-    jobs = [pairs_job(args.seed, setting)]
+    jobs = [Job(PAIRS, args.seed, setting)]
     for row in ("B1", "A5", "B2", "A1", "B4", "B3"):
         jobs.append(Job(row, args.seed, setting))
     run_jobs(args.out, jobs, args.processes)

@@ -14,8 +14,7 @@ import torch
 
 from lesson.adm import draw_pages
 from lesson.glyphs import SCHEDULE, SHAPE, no_prompt
-from lesson.rows import (Job, add_run_flags, kept_pairs, load_student, name_of, pairs_job,
-                         run_jobs)
+from lesson.rows import (PAIRS, Job, add_run_flags, kept_pairs, load_student, name_of, run_jobs)
 from lesson.students import FOUR_STEPS, Setting
 from lesson.worlds import Mixture
 from ode import Schedule, predict, sample
@@ -98,7 +97,7 @@ def main():
     torch.set_num_threads(1)
     folder_for(args.pictures, "--pictures")
     setting = Setting().scaled(args.scale)
-    run_jobs(args.out, [pairs_job(SEED, setting), Job("A1", SEED, setting),
+    run_jobs(args.out, [Job(PAIRS, SEED, setting), Job("A1", SEED, setting),
                         Job("SGTS", SEED, setting)], args.processes)
     save_score(args.pictures / "score.png")
     save_guidance(args.pictures / "guidance.png")

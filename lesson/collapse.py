@@ -20,8 +20,7 @@ import torch
 
 from lesson.dt import dt_of, label_of
 from lesson.glyphs import SHARES
-from lesson.rows import (Job, add_run_flags, facts_of, name_of, pairs_job, parse_with_results,
-                         run_jobs)
+from lesson.rows import (PAIRS, Job, add_run_flags, facts_of, name_of, parse_with_results, run_jobs)
 from lesson.students import Setting
 from lesson.tables import WIDTH, smoothed
 from training.errors import run_main
@@ -46,7 +45,7 @@ MISTAKES = {
 
 def jobs_of(seed, setting):
     blind = replace(setting, dt=dt_of(64))
-    return [pairs_job(seed, setting), Job("A5", seed, setting), Job("B1", seed, setting),
+    return [Job(PAIRS, seed, setting), Job("A5", seed, setting), Job("B1", seed, setting),
             Job("B2", seed, setting), Job("B4", seed, setting),
             Job("B1", seed, blind, label_of("B1", 64, setting)),
             Job("B4", seed, replace(setting, lr_adm=1e-6), STILL)]

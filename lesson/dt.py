@@ -18,8 +18,7 @@ from dataclasses import replace
 import torch
 
 from lesson.glyphs import SCHEDULE, SHARES
-from lesson.rows import (Job, add_run_flags, facts_of, name_of, pairs_job, parse_with_results,
-                         run_jobs)
+from lesson.rows import (PAIRS, Job, add_run_flags, facts_of, name_of, parse_with_results, run_jobs)
 from lesson.students import Setting
 from lesson.tables import cell, smoothed, values_of
 from training.errors import run_main
@@ -41,7 +40,7 @@ def dt_of(fraction):
 
 
 def jobs_of(seeds, setting):
-    jobs = [pairs_job(seed, setting) for seed in seeds]
+    jobs = [Job(PAIRS, seed, setting) for seed in seeds]
     jobs += [Job("A5", seed, setting) for seed in seeds]
     for row in LABELS:
         for fraction in FRACTIONS:

@@ -86,7 +86,6 @@ def rows_of(out, name):
     For every number of steps that its students have, first the teacher's rows: guided, and as the
     students of several steps start, unguided."""
     rows = {}
-    told = set()                                            # numbers of steps
     for row in FAMILIES[name].students:
         folder = folder_of(out, name, row)
         found = result_of(folder)
@@ -95,12 +94,11 @@ def rows_of(out, name):
         steps, full = flags["steps"], flags["pair_steps"]
         if not rows:
             rows["teacher"] = entry("teacher", full, 2 * full, found["teacher"])
-        if steps not in told:
+        if f"teacher_{steps}" not in rows:
             rows[f"teacher_{steps}"] = entry("teacher", steps, 2 * steps, found["untrained"])
             if steps > 1:
                 rows[f"unguided_{steps}"] = entry("teacher, unguided", steps, steps,
                                                   found["unguided"])
-            told.add(steps)
         evaluations = steps if flags["cfg_student"] is None else 2 * steps
         rows[row] = entry(LABELS[row], steps, evaluations, found["student"], found["seconds"])
     return rows

@@ -103,13 +103,6 @@ def latent_discriminator(teacher):
     return Discriminator(sdxl.FAMILY.taps(teacher), heads)
 
 
-class Pixels(nn.Module):
-    """No backbone: the head reads the page itself."""
-
-    def forward(self, x):
-        return [x]
-
-
 class Encoder(nn.Module):
     """In the place of SAM: three convolutions, [B,1,12,12] -> three maps. They read what is in each
     cell, or did not learn to."""
@@ -156,7 +149,7 @@ def trained_encoder(iterations=300, batch=64):
     return encoder.requires_grad_(False)
 
 
-BACKBONES = {"pixels": Pixels, "random": random_encoder, "reader": trained_encoder}
+BACKBONES = {"random": random_encoder, "reader": trained_encoder}
 
 
 def pixel_discriminator(backbone):

@@ -46,8 +46,8 @@ ROWS = {                        # in the order in which they are trained
     "B4": Row("ADP, then ADM: DMDX", partial(train_matching, judge="adm"), 27.70, follows="A5"),
     "A2": Row("ADP, another pixel backbone", partial(train_adp, backbone="random"), 27.10,
               pairs=True),
-    "A3": Row("ADP, weights 0.7, 0.3", partial(train_adp, weights=(0.7, 0.3)), 26.89, pairs=True),
-    "A4": Row("ADP, latent discriminator alone", partial(train_adp, weights=(1.0, 0.0)), 26.79,
+    "A3": Row("ADP, weights 0.7, 0.3", partial(train_adp, lambdas=(0.7, 0.3)), 26.89, pairs=True),
+    "A4": Row("ADP, latent discriminator alone", partial(train_adp, lambdas=(1.0, 0.0)), 26.79,
               pairs=True),
     "SGTS": Row("four steps, DMD", partial(train_phased, boundaries=[])),
     "Phased DMD": Row("four steps, two experts", partial(train_phased, boundaries=[500])),
@@ -104,10 +104,6 @@ def parse_with_results(p):
     complete = all(getattr(args, name) == p.get_default(name) for name in what)
     args.results = folder_for(args.results or (RESULTS if complete else args.out), "--results")
     return args
-
-
-def pairs_job(seed, setting):
-    return Job(PAIRS, seed, setting)
 
 
 # ------------------------------------------------------------------------------------ keeping them

@@ -160,7 +160,7 @@ def train_a1(given):
     return Student([Expert(average, ONE_STEP)], None, log, seconds)
 
 
-def train_adp(given, backbone=None, weights=(0.85, 0.15)):
+def train_adp(given, backbone=None, lambdas=(0.85, 0.15)):
     """backbone: of the pixel discriminator, another than the setting's."""
     setting = given.setting
     torch.manual_seed(given.seed)               # of the heads
@@ -171,7 +171,7 @@ def train_adp(given, backbone=None, weights=(0.85, 0.15)):
                   optimizer_of(pixel.heads, setting.lr_heads))
     losses = adp(net, D_1=latent, D_2=pixel, decode=lambda x: x, optimizers=optimizers,
                  schedule=SCHEDULE, line=SCHEDULE, batches=pair_batches(given, ADP),
-                 iterations=setting.iterations_adp, weights=weights)
+                 iterations=setting.iterations_adp, lambdas=lambdas)
     average, log, seconds = averaged(net, optimizers[0], setting.iterations_adp, losses, setting)
     return Student([Expert(average, ONE_STEP)], latent.heads, log, seconds)
 

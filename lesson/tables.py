@@ -22,7 +22,7 @@ import time
 import torch
 
 from lesson.glyphs import measure
-from lesson.rows import (ROWS, Job, Row, add_run_flags, facts_of, kept_pairs, name_of, pairs_job,
+from lesson.rows import (PAIRS, ROWS, Job, Row, add_run_flags, facts_of, kept_pairs, name_of,
                          parse_with_results, run_jobs)
 from lesson.students import Setting
 from training.errors import run_main
@@ -38,7 +38,7 @@ def jobs_of(rows, seeds, setting):
     """The rows, and those they start from, for all seeds: in the order of ROWS, in which no row
     comes before the one it follows."""
     needed = {*rows, *(ROWS[name].follows for name in rows)}
-    jobs = [pairs_job(seed, setting) for seed in seeds]
+    jobs = [Job(PAIRS, seed, setting) for seed in seeds]
     for name in ROWS:
         if name in needed:
             jobs += [Job(name, seed, setting) for seed in seeds]

@@ -175,7 +175,7 @@ RELATIVISTIC = AdversarialLoss(
 # name -> (arguments of adp, lambda_1 and lambda_2, the losses written out)
 CASES = {
     "the paper's": ({}, (0.85, 0.15), hinge_of_generator, hinge_of_discriminator),
-    "other weights": (dict(weights=(0.3, 0.7), loss=HINGE), (0.3, 0.7), hinge_of_generator,
+    "other weights": (dict(lambdas=(0.3, 0.7), loss=HINGE), (0.3, 0.7), hinge_of_generator,
                       hinge_of_discriminator),
     "relativistic": (dict(loss=RELATIVISTIC), (0.85, 0.15), relativistic_of_generator,
                      relativistic_of_discriminator),

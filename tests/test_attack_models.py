@@ -255,6 +255,17 @@ def test_a_card_of_hostile_names(run, model):
     assert load_student(model)[1] == dict(num_inference_steps=1)
 
 
+@pytest.mark.parametrize("method, said", [
+    ("dmdx", "weights 6 to 8"), ("adp", "weights 3 to 3"), ("reflow", "weights 3 to 3")])
+def test_a_card_says_which_guidance_is_in_the_student(run, method, said):
+    """Where no real score was at work, that of the pairs."""
+    run.args.method = method
+    run.args.pair_guidance = 3.0
+    run.stages = ["reflow"] if method == "reflow" else ["adp"]
+    facts = dict(network="unet", steps=[1], switch=False, call={})
+    assert said in model_card(run, "x", False, [], "UNet2DConditionModel", facts)
+
+
 def test_a_card_says_what_was_trained(run, tmp_path):
     """Not what a later --iterations asked for."""
     net = torch.nn.Linear(1, 1)

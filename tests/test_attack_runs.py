@@ -205,6 +205,40 @@ def test_a_warm_start(small, folder):
     same(weights(elsewhere), weights(whole), rtol=0, atol=0)
 
 
+SLOW_DISK = """
+import sys, time
+from pathlib import Path
+from types import SimpleNamespace
+import torch
+from training import checkpoints
+from training.heads import load_warm_heads
+from training.ranks import start, world
+start()
+out = Path(sys.argv[1])
+facts, heads = dict(stage="adp", teacher="x"), torch.nn.Linear(1, 1)
+write = checkpoints.write_folder
+for iteration in (1, 2):
+    torch.nn.init.constant_(heads.weight, iteration)
+    if iteration == 2 and world()[0] == 0:
+        checkpoints.write_folder = lambda *args: (time.sleep(1), write(*args))
+    checkpoints.save_checkpoint(out / "checkpoints", dict(facts, iteration=iteration,
+                                global_iter=iteration), dict(heads=heads), ())
+    if iteration == 1:
+        torch.distributed.barrier()
+torch.nn.init.zeros_(heads.weight)
+load_warm_heads(SimpleNamespace(out=SimpleNamespace(path=out), checkpoint=None),
+                dict(teacher="x"), heads)
+assert heads.weight.item() == 2, (world(), heads.weight)
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_all_ranks_start_from_the_same_heads(tmp_path):
+    """Though rank 0 is still writing them."""
+    succeeded(Run("-c", SLOW_DISK, tmp_path, ranks=2).wait())
+
+
 def test_warm_heads_without_an_adp_to_take_them_from(small, tmp_path):
     done = train(small, tmp_path / "out", *ADM, "--warm-heads")
     failed(done, 1, "--warm-heads", "--stage adp", "--no-warm-heads")

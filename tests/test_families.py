@@ -263,7 +263,7 @@ def test_bad_usage(family, tmp_path):
                "--text-tokens", "2000"), 2, "--cfg-student",
            "unknown flag --frames 9 --context-parallel 2", "--text-tokens 2000")
     failed(run("wan-2.1", "--context-parallel", "2"), 2, "--context-parallel: CogVideoX only")
-    failed(run("sd3-medium", "--height", "65"), 2, "--height 65", "32")
+    failed(run("sd3-medium", "--height", "65"), 2, "--height 65", "16")
     _, folder, prompts = family("sd3-medium")
     failed(Run(ROOT / VIDEOS, "--out", tmp_path / "out", "--model", folder, "--prompts",
                prompts).wait(), 1, "StableDiffusion3Pipeline", "CogVideoXPipeline")
@@ -356,7 +356,6 @@ def test_context_parallel_of_the_embedded_teacher(tmp_path):
              "--context-parallel 2").split()
     succeeded(Run(ROOT / VIDEOS, "--out", tmp_path / "out", *flags, ranks=2).wait())
     assert "student" in json.loads((tmp_path / "out" / "result.json").read_text())
-
 
 
 def test_context_parallel_from_the_command_line(family, tmp_path):

@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.testing import assert_close
 
 import pipelines
@@ -104,7 +105,7 @@ def unet():
 def test_all_layers_of_a_base_share_one_switch():
     base = unet().requires_grad_(False)
     nets = [Lora(base, name, 2, 2, ["to_q", "to_v"]) for name in ("a", "b")]
-    layers = base.__dict__["adapted"]
+    layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
     assert len({id(layer._active_adapter) for layer in layers}) == 1 < len(layers)
     with active(base, "a"):
         assert all(layer.active_adapters == ["a"] for layer in layers)
@@ -113,6 +114,39 @@ def test_all_layers_of_a_base_share_one_switch():
         assert at_work(base) == "a"
     assert at_work(base) is None and all(layer.active_adapters == [] for layer in layers)
     assert len(nets) == 2
+
+
+def test_a_network_in_bf16_sees_changes_far_below_the_spacing_of_its_weights():
+    """A trained copy computes with the weights of its bf16 source, but for one in ten thousand,
+    which lies on the edge. Half the spacing at 0.02 is 6e-5; of a change of less, the mean of the
+    rounded weights shows all."""
+    torch.manual_seed(0)
+    net = nn.Linear(512, 512, bias=False)
+    with torch.no_grad():
+        net.weight.copy_((0.02 * torch.randn(512, 512)).bfloat16())
+        net.weight[0] = 0
+        net.weight[1] = -2.0**-7                        # where the spacing changes
+        before = net.weight.clone()
+        networks.spread_between_bf16(net)
+        assert (net.weight.bfloat16() != before).float().mean() < 1e-4
+        assert (net.weight[0] == 0).all()
+        assert (net.weight != before)[1:].float().mean() > 0.99
+        for change in (1e-7, 1e-6):
+            seen = ((net.weight + change).bfloat16() - before)[2:].mean().item()
+            assert seen == pytest.approx(change, rel=0.3)
+            unseen = ((before + change).bfloat16() - before)[2:].mean().item()
+            assert unseen < 0.1 * change
+
+
+def test_tables_of_positions_stay_exact_in_bf16():
+    """Wan's: an export computes them anew."""
+    args = SimpleNamespace(bf16=True, grad_checkpointing=False, compile=None)
+    net = pipelines.wan_transformer(blocks=1)
+    exact = net.rope.freqs_cos.clone()
+    networks.place(args, net, None, torch.device("cpu"))
+    assert all(p.dtype == torch.bfloat16 for p in net.parameters())
+    assert torch.equal(net.rope.freqs_cos, exact)
+    assert torch.equal(networks.full_copy(net).float().rope.freqs_cos, exact)
 
 
 def test_only_repeated_blocks_are_compiled():

@@ -190,6 +190,8 @@ def test_flow_shift_is_read_under_each_of_its_names_or_given():
         assert_close(schedule.timestep[stops].long(), wan.timesteps, rtol=0, atol=atol)
     qwen = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     qwen.set_timesteps(sigmas=[k / 1000 for k in range(1000, 0, -1)], mu=0.8)
+    with pytest.raises(ValueError, match="use_dynamic_shifting"):
+        from_diffusers(qwen)
     schedule = from_diffusers(qwen, shift=math.exp(0.8))
     assert_close(schedule.sigma[1:].flip(0), qwen.sigmas[:-1].double(), rtol=0, atol=1e-6)
     assert_close(schedule.timestep[1:].flip(0), qwen.timesteps, rtol=0, atol=1e-3)

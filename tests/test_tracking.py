@@ -70,7 +70,8 @@ def drive(folder, report, start, end, sample_every=100):
     run = stage.Run(args, out, None, NEVER, ["adm"], None, None, show, report=report)
     ema = SimpleNamespace(update=lambda: None, networks=lambda: dict(generator=net))
     one = stage.Stage("adm", 40, ema, {}, (SimpleNamespace(rate=1.0),), {}, [], None)
-    stage.follow(run, one, losses(), start)
+    run.done[one.name] = start
+    stage.follow(run, one, losses())
     out.lock.close()
 
 

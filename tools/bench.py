@@ -90,10 +90,11 @@ def matmul_flop_per_second(device):
 
 def kernel_share(function, device):
     """Seconds in which kernels ran, over the seconds that an iteration took: below 1, the card
-    waited for the host."""
+    waited for the host. Copies to and from the host, which run beside kernels, do not count."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         spent = seconds(function, device)
-    return sum(e.self_device_time_total for e in profile.key_averages()) / 1e6 / spent
+    kernels = [e for e in profile.key_averages() if not e.key.startswith("Memcpy")]
+    return sum(e.self_device_time_total for e in kernels) / 1e6 / spent
 
 
 def copy_rates(device):
@@ -196,7 +197,8 @@ def parse():
     p.add_argument("--models", nargs="+", choices=SMALL,
                    help="(None: SDXL, SD3-Medium and CogVideoX-2b)")
     p.add_argument("--full", action="store_true",
-                   help="the released sizes; without --models: every row of bench_rows.py")
+                   help="the released sizes; without --models: every row of bench_rows.py, with "
+                   "that row's flags and none of these")
     p.add_argument("--pretend", action="store_true",
                    help="on a pretended GPU, by tools/pretend.py: simulated, nothing is measured; "
                    "without --models: every row of bench_rows.py")

@@ -19,9 +19,9 @@ from typing import NamedTuple
 import torch
 
 from discriminators import Discriminator
-from tools import passes
 from tools.cards import CARDS, LAUNCH
-from tools.passes import blank_prompt, work_and_activations
+from tools.passes import (
+    FAKE_LEARNS, GENERATOR_LEARNS, THROUGH_FAKE, THROUGH_TAPS, blank_prompt, work_and_activations)
 from training.heads import heads_for
 from training.model_checks import latent_of
 from training.networks import tensors_to
@@ -177,10 +177,9 @@ def costs(args, pipe, family, latent, ranks):
     if args.fsdp or args.cpu_offload:
         largest = max(map(count, blocks_of(net)), default=rows.real.parameters)
         gathered = 2 * largest * dtype.itemsize
-    of_generator = (kept[passes.GENERATOR_LEARNS] + kept[passes.THROUGH_FAKE]
-                    + kept[passes.THROUGH_TAPS])
+    of_generator = kept[GENERATOR_LEARNS] + kept[THROUGH_FAKE] + kept[THROUGH_TAPS]
     return Costs(rows, held, offloaded, gathered,
-                 activations=max(kept[passes.FAKE_LEARNS], of_generator), work=work)
+                 activations=max(kept[FAKE_LEARNS], of_generator), work=work)
 
 
 def gib(size):
@@ -197,12 +196,13 @@ def print_table(found, args):
         print(f"{row.name:32s}{row.parameters / 1e6:12.1f} M{gib(row.weights)}"
               f"{gib(row.gradients)}{gib(row.optimizer)}{gib(row.average)}")
     remark = "blocks recomputed" if args.grad_checkpointing else "all kept"
-    loading = gib(4 * found.rows.real.parameters).strip()
+    size_of_one = 2 if args.bf16 else 4
+    loading = gib(size_of_one * found.rows.real.parameters).strip()
     print(f"\n{'held between passes, on the device':42s}{gib(found.held)}")
     print(f"{'gathered blocks, two at a time':42s}{gib(found.gathered)}")
     print(f"{'activations for the backward pass':42s}{gib(found.activations)}   ({remark})")
     print(f"{'device, at least':42s}{gib(found.device())}")
-    print(f"{'host, a rank':42s}{gib(found.offloaded)}   and rank 0 while loading {loading}")
+    print(f"{'host, a rank':42s}{gib(found.offloaded)}   and while loading {loading}")
     print(f"\n{'network passes of an ADM iteration, one step, one micro-batch':73s}TFLOP")
     for name, operations in (found.work | {"together": sum(found.work.values())}).items():
         print(f"  {name:64s}{operations / 1e12:12.4g}")
@@ -260,11 +260,12 @@ def print_disk(args, rows, latent):
     print(f"{'disk: pairs, of runs that have them':42s}{gib(pairs)}")
 
 
-def report(args, pipe, family, ranks):
-    """Print what a run with these flags takes.
+def report(args, pipe, family):
+    """Print what a run with these flags takes, on --dry-run GPUs.
 
-    pipe: the pipeline, all of its weights on the meta device. family: its Family. ranks: GPUs.
+    pipe: the pipeline, all of its weights on the meta device. family: its Family.
     """
+    ranks = args.dry_run
     latent = latent_of(family, pipe, getattr(pipe, family.network), args)
     found = costs(args, pipe, family, latent, ranks)
     shape = " x ".join(map(str, latent.shape))

@@ -5,9 +5,9 @@ sample takes of each.
     python -m tools.sample out/sdxl-lora/export --prompts prompts.txt --bf16 \\
         --teacher stabilityai/stable-diffusion-xl-base-1.0
 
-Writes to --out: samples.png (a row each), student/ and teacher/ with a picture for each prompt (of
-videos: still frames, and GIFs of the first two), and result.json. A student is sampled by the call
-in its model card.
+Writes to --out: samples.png (a row each; of videos still frames, with GIFs of the first two beside
+it), result.json, and of images student/ and teacher/ with one for each prompt. A student is sampled
+by the call in its model card.
 """
 import json
 import time

@@ -130,7 +130,7 @@ class Simulation:
             host_seconds=watch.host_seconds() * repeated, waits=dict(watch.waits),
             mixed=dict(watch.mixed))
 
-    def follow(self, run, stage, losses_of_steps, start):
+    def follow(self, run, stage, losses_of_steps):
         """In the place of training.stage.follow: two iterations, the second of which is looked at,
         since the first makes the moments. Micro-batches beyond two are like the second."""
         next(losses_of_steps)
@@ -179,10 +179,11 @@ def simulate(args, pipe, family, ranks=1, encoder=vision_encoder):
                   stages=train_sdxl.stages_of(short, family), checkpoint=None, reached=None,
                   show=None)
         found.draw(run)
-        if args.method == "phased_dmd":
-            train_sdxl.run_phases(run)
-        else:
-            train_sdxl.run_dmdx(run)
+        if run.stages:                          # none with --stage pairs
+            train = train_sdxl.run_dmdx
+            if args.method == "phased_dmd":
+                train = train_sdxl.run_phases
+            train(run)
     return found.stages
 
 

@@ -15,12 +15,13 @@ from training.terminal import warn
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "safetensors")
 NUMBER = "[0-9]" * 8            # the iteration in a checkpoint's name
+KEPT = 2                        # of each stage
 
 
 # ------------------------------------------------------------------------------------------ saving
 
-def save_checkpoint(folder, facts, nets, optimizers, keep=2):
-    """Write FOLDER/STAGE-ITERATION, then delete all but the newest `keep` of the stage. All ranks
+def save_checkpoint(folder, facts, nets, optimizers):
+    """Write FOLDER/STAGE-ITERATION, then delete all but the newest KEPT of the stage. All ranks
     must call it together; rank 0 writes.
 
     facts: of the run, with stage and global_iter.
@@ -40,7 +41,7 @@ def save_checkpoint(folder, facts, nets, optimizers, keep=2):
     write_folder(path, files, dict(facts, versions=versions, world_size=world()[1]), on_rank_0)
     # later ones are damaged, or the run would have gone on from there: they do not count
     written = [old for old in sorted(folder.glob(f"{stage}-{NUMBER}")) if old.name <= path.name]
-    for old in written[:-keep]:
+    for old in written[:-KEPT]:
         remove(old)
 
 

@@ -14,6 +14,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
+from training.ranks import MOST_WAIT
+
 
 class Group:
     """The ranks that share this rank's samples. A process is in one group, so these are class
@@ -195,7 +197,7 @@ def context_parallel(net, size):
     `size` neighbouring ranks."""
     rank = dist.get_rank()
     # every rank has to make all groups, its own and the others'
-    groups = [dist.new_group(range(first, first + size))
+    groups = [dist.new_group(range(first, first + size), timeout=MOST_WAIT)
               for first in range(0, dist.get_world_size(), size)]
     Group.ranks = groups[rank // size]
     Group.rank = rank % size

@@ -77,8 +77,9 @@ def write_pipeline(run, families, experts, schedule, weights, folder):
     network (Wan 2.2), and experts.json has their boundaries. LoRAs also go to lora/.
     """
     args, teacher, family = run.args, run.teacher, run.teacher.family
-    pipe = load_pipeline(args, families)        # anew: the run freed its text encoders, and
-    students = []                                       # may have kept bf16
+    # anew: the run freed its text encoders, and may have kept bf16
+    pipe = load_pipeline(args, families)
+    students = []
     for k, (expert, values) in enumerate(zip(experts, weights), 1):
         if hasattr(expert.net, "units"):
             load_both(pipe, family, values)
@@ -189,19 +190,22 @@ def model_card(run, folder, after_adp, missing, network_class, facts):
         switch = (f"experts = [pipe.{name}] + [{network_class}.from_pretrained({path}, "
                   f"subfolder=f\"{name}_{{k}}\") for k in range(2, {len(lengths) + 1})]\n"
                   f"def switch(pipe, step, t, kwargs):\n"
-                  f"    pipe.{name} = experts[{next_experts(lengths)}[step]]\n"
+                  f"    pipe.{name} = experts[{next_experts(lengths)}[step]].to(pipe.device)\n"
                   f"    return kwargs\n")
         callback = ", callback_on_step_end=switch"
     result, save = RESULT[family.medium]
     model = printable(args.model).replace("`", "'")
     made = how_it_was_made(run, after_adp)
+    low, high = args.guidance
+    if args.method in ("adp", "reflow"):        # all they know of guidance is in the pairs
+        low = high = args.pair_guidance
     own_guidance = "" if args.cfg_student is None else ", and the student takes its own besides"
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-{family.medium}
 ---
 A {args.steps}-step student of `{model}`: {made}, seed {args.seed}. Guidance
-is distilled in (weights {args.guidance[0]:g} to {args.guidance[1]:g}){own_guidance}.
+is distilled in (weights {low:g} to {high:g}){own_guidance}.
 
 ```python
 {imports}

@@ -101,8 +101,8 @@ def problems_of_numbers(args):
             wrong.append(f"{named(args, name)}: must be 0 or above")
     for name in ("height", "width"):
         value = getattr(args, name)
-        if value is not None and (value < 1 or value % 32 > 0):
-            wrong.append(f"{named(args, name)}: must be a multiple of 32 above 0")
+        if value is not None and (value < 1 or value % 16 > 0):
+            wrong.append(f"{named(args, name)}: must be a multiple of 16 above 0")
     for name in ("guidance", "clamp"):
         low, high = getattr(args, name)
         if not low <= high:
@@ -120,8 +120,6 @@ def problems_of_numbers(args):
 
 def problems_of_method(args):
     wrong = []
-    if args.steps > 1 and args.stage == "adp":
-        wrong.append(f"{named(args, 'steps')}: ADP is one-step only; leave --stage out")
     if args.stage in ("adp", "adm") and args.method in ("adp", "reflow"):
         wrong.append(f"--stage {args.stage} --method {args.method}: that method has no such stage; "
                      f"leave --stage out")
@@ -156,6 +154,8 @@ def has_adp(args, family):
 def problems_of_family(args, family, teacher):
     """What no run of this family can do. teacher: the embedded one that is distilled, or None."""
     wrong = []
+    if args.stage == "adp" and not has_adp(args, family):
+        wrong.append("--stage adp: this model has no ADP at these --steps; leave the flag out")
     if args.method in ("adp", "reflow") and not has_adp(args, family):
         wrong.append(f"--method {args.method}: this model has none at these --steps; use dmdx")
     if args.warm_heads and not has_adp(args, family):

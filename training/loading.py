@@ -66,7 +66,6 @@ def load_pipeline(args, families, hollow=None, dtype=torch.float32):
         pipe = getattr(diffusers, kind).from_pretrained(path, torch_dtype=dtype, **given, **extra,
                                                         **SAFE)
         check_weights(pipe, classes, given)
-        pipe.to(dtype)
     except Exception as e:                                      # every library has its own
         if is_out_of_memory(e):
             raise

@@ -1,9 +1,9 @@
 """LoRA adapters that share one frozen base: generator, fake score, real score and the
 discriminator's backbone are then a single copy of the teacher's weights.
 
-The base keeps two entries in its __dict__: "adapted", its layers with adapters, and "at_work", a
-list with the name of the adapter at work, or nothing. All its layers share that one list, so to
-switch the hundreds of them is to change a word.
+The base keeps "at_work" in its __dict__, a list with the name of the adapter at work, or nothing.
+All its layers with adapters share that one list, so to switch the hundreds of them is to change a
+word.
 """
 import warnings
 from contextlib import contextmanager
@@ -73,11 +73,10 @@ class Lora(nn.Module):
         others = [p for p in base.parameters() if p.requires_grad]      # of adapters there already
         base.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian",
                                     target_modules=list(targets)), name)
-        layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
-        base.__dict__["adapted"] = layers
         base.__dict__["at_work"] = []
-        for layer in layers:            # add_adapter gave each a list of its own
-            layer._active_adapter = base.__dict__["at_work"]
+        for layer in base.modules():
+            if isinstance(layer, BaseTunerLayer):       # add_adapter gave each a list of its own
+                layer._active_adapter = base.__dict__["at_work"]
         self.__dict__["base"] = base        # past nn.Module: the base is no part of this module
         self.config = base.config
         self.name = name

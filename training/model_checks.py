@@ -59,9 +59,9 @@ def clamp_tokenizers(pipe, args):
         if not isinstance(most, int):
             most = READER_LIMIT                             # T5's, which is told a length
         tokenizer.model_max_length = int(min(length, most))
-    if hasattr(pipe, "tokenizer_max_length"):               # SD3's pipeline noted it when it was
-        pipe.tokenizer_max_length = min(pipe.tokenizer_max_length,          # made
-                                        pipe.tokenizer.model_max_length)
+    # SD3's pipeline noted it when it was made
+    if hasattr(pipe, "tokenizer_max_length"):
+        pipe.tokenizer_max_length = min(pipe.tokenizer_max_length, pipe.tokenizer.model_max_length)
 
 
 def whose(args):

@@ -2,16 +2,18 @@
 
 A network may be several, its `units` (Wan 2.2's two transformers); most are one unit, themselves.
 """
+import gc
 from copy import copy, deepcopy
 from types import MethodType
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from training.draws import stream
 from training.errors import Failure
 from training.lora import Lora, active, at_work, rank_flag
 from training.ranks import world
-from training.sharding import blocks_of, copy_of_shards, receive, shard
+from training.sharding import blocks_of, copy_of_shards, local_part, part_like, receive, shard
 
 
 def units_of(net):
@@ -134,9 +136,8 @@ def full_copy(net):
         return twin
     twin = deepcopy(net)
     for unit in units_of(twin):
-        if unit.__dict__.get("adapted"):
+        if "at_work" in unit.__dict__:
             unit.unload_lora()
-            unit.__dict__.pop("adapted")
             unit.__dict__.pop("at_work")
     return twin
 
@@ -158,7 +159,8 @@ def place(args, net, fsdp, device):
     with rank 0's weights; the other ranks' may be on the meta device.
     """
     if args.bf16:
-        net.to(torch.bfloat16)
+        for p in net.parameters():      # no buffers: Wan's positions would be off by 0.002
+            p.data = p.data.to(torch.bfloat16)
     if fsdp:
         weights = net.state_dict() if world()[0] == 0 else {}
         receive(shard(net, fsdp, device), weights)
@@ -184,5 +186,30 @@ def trainable(args, teacher, name, rank, source=None):
                       f"of nodes and copied across; leave --fsdp out")
     if rank:
         return Lora(source, name, rank, args.lora_alpha or rank, teacher.family.lora_layers)
+    gc.collect()        # an earlier stage's networks: their own forward keeps them, in a circle
     net = full_copy(source).float().requires_grad_(True)
+    if args.bf16:
+        spread_between_bf16(net)
     return prepare(args, net, teacher.device)
+
+
+@torch.no_grad()
+def spread_between_bf16(net):
+    """Let each float32 weight, a bf16 number so far, be anywhere among those that round to it.
+
+    In bf16 a network computes with its weights rounded. From a bf16 number a weight would have to
+    go half the way to the next, 6e-5 at 0.02, before its network saw any of it: more than a run at
+    the papers' rates of 1e-7 goes. Spread evenly, of many weights the right share rounds
+    to the next number, however small the change. Vectors stay: norms run in float32.
+    """
+    for number, p in enumerate(net.parameters()):
+        if p.dim() < 2:
+            continue
+        shift = torch.rand(p.shape, generator=stream(number)) - 0.5     # the same on every rank
+        value = local_part(p)
+        shift = local_part(part_like(p, shift)).to(value.device)
+        fraction, exponent = value.abs().frexp()                        # fraction: 0.5 to 1, or 0
+        spacing = torch.ldexp(fraction.sign(), exponent - 8)
+        # below a power of 2 the numbers lie twice as close
+        spacing = torch.where(fraction == 0.5, spacing / 2, spacing)
+        value += spacing * shift

@@ -48,7 +48,10 @@ def collect_pairs(args, out, teacher, stop):
     rounds = range(0, len(paths), ranks)
     for first in tqdm(rounds, desc="pairs", unit="round", disable=world()[0] > 0):
         numbers = range(first, min(first + ranks, len(paths)))
-        there = broadcast([rows_there(paths[k]) for k in numbers])
+        there = None
+        if world()[0] == 0:         # a file that others looked for in vain may stay away for them
+            there = [rows_there(paths[k]) for k in numbers]
+        there = broadcast(there)
         short = {k: rows for k, rows in zip(numbers, there) if rows < rows_of(args, k)}
         if short and not collect_round(args, paths, teacher, sampler, first, short, stop):
             return False

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,7 +16,8 @@ import torch.distributed as dist
 from training.errors import STOPPED_AT_ONCE, Failure, reason_of
 from training.terminal import complain_at_once, tell, warn
 
-HOURS = 6                       # ranks may wait that long: one alone embeds all prompts
+MOST_WAIT = timedelta(hours=6)  # of ranks for each other: one alone embeds all prompts
+ECHO = 2.0                      # seconds, see StopSignal
 PATIENCE = 20                   # seconds that ranks wait for each other without a word
 TORCHRUN = "start the ranks with torchrun --nproc-per-node RANKS, or leave WORLD_SIZE unset"
 
@@ -65,7 +67,7 @@ def meet(backend):
     patience.daemon = True
     patience.start()
     try:
-        dist.init_process_group(backend, timeout=timedelta(hours=HOURS))
+        dist.init_process_group(backend, timeout=MOST_WAIT)
         # a rank that fails right after this line would break the rendezvous of those still in it
         barrier()
     except (RuntimeError, ValueError) as e:
@@ -113,7 +115,9 @@ def tell_once(text):
 
 class StopSignal:
     """Turns Ctrl-C, SIGTERM and a closed terminal (SIGHUP) into a stop after the running
-    iteration; a second Ctrl-C or SIGTERM ends the process at once.
+    iteration; a second Ctrl-C or SIGTERM ends the process at once. A batch system sends SIGTERM to
+    every process of a job, and torchrun passes its own on: one that comes within ECHO seconds of
+    the first is no second.
 
     torchrun passes the first on to all ranks, and kills those that are not gone 30 s later: its
     --shutdown-timeout SECONDS (torch 2.13) should be longer than an iteration and a checkpoint.
@@ -122,6 +126,7 @@ class StopSignal:
     def __init__(self):
         self.asked = False
         self.is_armed = False               # the next Ctrl-C or SIGTERM is the second
+        self.asked_at = None                # when the first came
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.ask)
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:       # nohup has it ignored
@@ -135,14 +140,18 @@ class StopSignal:
         self.asked = True
 
     def ask(self, number, frame):
-        if self.is_armed:
-            # not by an exception: a library in the middle of a call may turn it into its own
-            if world()[0] == 0:             # torchrun signals all ranks
-                complain_at_once(f"{Path(sys.argv[0]).name}: {STOPPED_AT_ONCE}")
-            os._exit(1)
-        self.asked = True
-        self.is_armed = True
-        complain_at_once("stopping after this iteration; once more to stop at once")
+        if not self.is_armed:
+            self.asked = True
+            self.is_armed = True
+            self.asked_at = time.monotonic()
+            complain_at_once("stopping after this iteration; once more to stop at once")
+            return
+        if number == signal.SIGTERM and time.monotonic() - self.asked_at < ECHO:
+            return
+        # not by an exception: a library in the middle of a call may turn it into its own
+        if world()[0] == 0:             # torchrun signals all ranks
+            complain_at_once(f"{Path(sys.argv[0]).name}: {STOPPED_AT_ONCE}")
+        os._exit(1)
 
     def asked_of_any_rank(self):
         """Has any rank been asked to stop? All ranks must ask this together."""

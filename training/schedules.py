@@ -11,9 +11,13 @@ def from_diffusers(scheduler, shift=None):
     training timestep, counted from 1.
 
     shift: takes the place of a flow scheduler's own. A model whose shift depends on the resolution
-    gives exp(mu). Raises ValueError for a prediction type that is none of PREDICTIONS.
+    gives exp(mu). Raises ValueError for a prediction type that is none of PREDICTIONS, and for a
+    shift that depends on the resolution and is not given.
     """
     config = scheduler.config
+    if config.get("use_dynamic_shifting") and shift is None:
+        raise ValueError("its shift depends on the resolution (use_dynamic_shifting), which this "
+                         "family does not do")
     pred = PREDICTIONS.get(config.get("prediction_type"))
     if "prediction_type" not in config and "FlowMatch" in type(scheduler).__name__:
         pred = "flow"

@@ -167,6 +167,13 @@ def whole(tensor):
     return tensor
 
 
+def local_part(tensor):
+    """What this rank holds of a tensor."""
+    if isinstance(tensor, DTensor):
+        return tensor.to_local()
+    return tensor
+
+
 def on_rank_0(tensors):
     """{name: tensor}, sharded or not -> all of them, whole, on the host of rank 0; on other ranks
     {}. All ranks must call it together."""
@@ -180,7 +187,12 @@ def on_rank_0(tensors):
 
 def put(p, value):
     """Copy a value, whole or sharded as p is, into a parameter p that may be sharded."""
+    p.copy_(part_like(p, value))
+
+
+def part_like(p, value):
+    """A value of p's shape, whole or sharded as p is -> sharded, if p is."""
     if isinstance(p, DTensor) and not isinstance(value, DTensor):
         # without a source rank: each rank has the whole value, and cuts out its own part
         value = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
-    p.copy_(value)
+    return value

@@ -55,12 +55,11 @@ def begin(run, stage):
     return found["iteration"], found["global_iter"]
 
 
-def follow(run, stage, losses_of_steps, start):
-    """Drive a stage's loop to its end -> False if it was stopped early. start: the generator's
-    iteration it goes on from."""
+def follow(run, stage, losses_of_steps):
+    """Drive a stage's loop to its end -> False if it was stopped early."""
     args, first = run.args, stage.optimizers[0]
     full_rate, began, bar = first.rate, time.time(), None
-    first.rate = rate_at(args, full_rate, start, stage)
+    first.rate = rate_at(args, full_rate, run.done[stage.name], stage)
     for losses in losses_of_steps:
         stage.ema.update()
         i = losses["iteration"]

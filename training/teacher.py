@@ -1,6 +1,8 @@
 """The teacher: a pipeline taken apart for distillation, and the embeddings of the prompts."""
 import hashlib
 from functools import reduce
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -18,6 +20,7 @@ from training.terminal import warn
 
 PER_FILE = 256                  # prompts, or pairs, in a file
 PIXELS_AT_ONCE = 2**20          # of the pictures that are decoded together
+UNTILED = 2**17                 # pixels of a frame up to which a video is decoded in one piece
 
 
 def text_arguments(args):
@@ -156,16 +159,21 @@ class Teacher:
         """LongTensor [B] of prompts -> the network's conditioning for that batch."""
         index = index.tolist()
         self.drawn += index                     # what to name, should the iteration fail
-        places = []
-        for i in index:
-            n = len(self.prompts)
-            first = i // PER_FILE * PER_FILE if i < n else n + (i - n) // PER_FILE * PER_FILE
-            places.append((self.files[first], i - first))
+        places = [self.place_of(i) for i in index]
         tensors = {}
         for name in places[0][0].keys():
-            parts = [file.get_slice(name)[i:i + 1] for file, i in places]
+            parts = [file.get_slice(name)[row:row + 1] for file, row in places]
             tensors[name] = self.as_input(torch.cat(parts))
         return nested(tensors) | self.constant
+
+    def place_of(self, i):
+        """Where prompt i's embedding lies, (file, row); those to look at have their own files."""
+        n = len(self.prompts)
+        if i < n:
+            row = i % PER_FILE
+        else:
+            row = (i - n) % PER_FILE
+        return self.files[i - row], row
 
     def as_input(self, embedding):
         """An embedding of any type as the network takes it: in float32, if it is a number."""
@@ -203,24 +211,24 @@ class Teacher:
     @torch.no_grad()
     def images(self, x0):
         """The same on the host, of any number of latents: PIXELS_AT_ONCE, since a decoder takes
-        2 GiB for a megapixel, and 25 for a video of CogVideoX."""
+        2 GiB for a megapixel. A video of CogVideoX in one piece takes 15, in tiles 4."""
         batch = min(8, max(1, PIXELS_AT_ONCE // (self.latent.height * self.latent.width)))
         if self.family.medium == "video":
             batch = 1
+            if self.latent.height * self.latent.width > UNTILED:
+                self.vae.enable_tiling()
         return torch.cat([self.decode(x.to(self.device)).cpu() for x in x0.split(batch)])
 
 
 # --------------------------------------------------------------------------- embeddings on the disk
 
-class Embeddings:
-    """One file of embeddings: its prompts, and the number of the first of them."""
-
-    def __init__(self, path, prompts, first=0, is_empty=False, is_look_at=False):
-        self.path = path
-        self.prompts = prompts
-        self.first = first
-        self.is_empty = is_empty
-        self.is_look_at = is_look_at
+class Embeddings(NamedTuple):
+    """One file of embeddings."""
+    path: Path
+    prompts: list
+    first: int = 0                  # the number of its first prompt
+    is_empty: bool = False          # of the empty prompt
+    is_look_at: bool = False
 
 
 def embedding_files(folder, prompts, look_at):

@@ -47,7 +47,7 @@ class Report:
             self._attempt(self._log_picture, path, stage, iteration)
 
     def finish(self):
-        self._attempt(self._finish)
+        self._attempt(lambda: self.tracker.finish())
 
     def _log(self, entry, stage, iteration):
         step = iteration
@@ -68,9 +68,6 @@ class Report:
             self._log({name: wandb.Image(pixels)}, stage, iteration)
         else:
             self.tracker.log_images({name: pixels[None]}, step=iteration, dataformats="NHWC")
-
-    def _finish(self):
-        self.tracker.finish()
 
     def _attempt(self, call, *args):
         """Tell the tracker, if there is one."""
