@@ -1,4 +1,4 @@
-"""Two ranks against one, sharded, offloaded, checkpointed, in bf16, compiled, by LoRA, in every
+"""Several ranks against one, sharded, offloaded, checkpointed, in bf16, compiled, by LoRA, in every
 combination; and a run that changes its number of ranks."""
 import itertools
 import signal
@@ -14,13 +14,17 @@ from cli import ROOT, Run, stock_difference, succeeded, two_at_a_time
 
 FLAGS = ("offload", "checkpointing", "bf16", "lora")
 COMBINATIONS = [flags for n in range(len(FLAGS) + 1) for flags in itertools.combinations(FLAGS, n)]
-# each rank a node of its own: shards inside, copies across
+# four ranks on two nodes: shards inside, copies across
 COMBINATIONS += [("nodes", "checkpointing")]
 COMBINATIONS += [(*FLAGS, "compile")]           # which takes as long as three of the others
 
 
 def label(flags):
     return "+".join(flags) or "plain"
+
+
+def ranks_of(flags):
+    return 4 if "nodes" in flags else 2
 
 
 def alone(flags):
@@ -67,7 +71,7 @@ for name in names:
     args = SimpleNamespace(grad_checkpointing="checkpointing" in flags, bf16="bf16" in flags,
                            compile="eager" if "compile" in flags else None, lora_alpha=None,
                            head_channels=8)
-    os.environ["LOCAL_WORLD_SIZE"] = "1" if "nodes" in flags else str(ranks)
+    os.environ["LOCAL_WORLD_SIZE"] = "2" if "nodes" in flags else str(ranks)
     fsdp = fsdp_arguments(True, "offload" in flags, args.bf16, device)
     pipe = pipelines.sd3(blocks=2)
     if rank:                                                    # only rank 0 has weights
@@ -115,13 +119,15 @@ dist.destroy_process_group()
 
 @pytest.fixture(scope="module")
 def five_iterations(tmp_path_factory):
-    """Two ranks through all combinations, one after the other in the same processes; one rank
-    through those that compute something else."""
+    """All combinations on two or four ranks, one after the other in the same processes; those that
+    compute something else on one rank, too."""
     folder = tmp_path_factory.mktemp("sharded")
     one = dict.fromkeys(map(alone, COMBINATIONS))
-    two = dict.fromkeys(map(label, COMBINATIONS))
+    two = [label(flags) for flags in COMBINATIONS if ranks_of(flags) == 2]
+    four = [label(flags) for flags in COMBINATIONS if ranks_of(flags) == 4]
     started = [Run("-c", FIVE, folder, *two, ranks=2), Run("-c", FIVE, folder, *one)]
     ended = [run.wait() for run in started]
+    ended.append(Run("-c", FIVE, folder, *four, ranks=4).wait())
     if ended[0].returncode == -signal.SIGABRT:      # once in some dozens of suites, never twice
         warnings.warn(f"a rank's heap was damaged, by native code; again ({ended[0].stderr[-80:]})")
         ended[0] = Run("-c", FIVE, folder, *two, ranks=2).wait()
@@ -139,17 +145,19 @@ def equal(one, two):
 
 
 @pytest.mark.parametrize("flags", COMBINATIONS, ids=label)
-def test_two_ranks_are_one(five_iterations, flags):
+def test_several_ranks_are_one(five_iterations, flags):
     """The weights after five iterations, and the last gradients, clipped."""
     before, one, gradient = torch.load(five_iterations / f"{alone(flags)} 1.pt")
-    _, two, gradient_two = torch.load(five_iterations / f"{label(flags)} 2.pt")
-    assert one.keys() == two.keys() and gradient.keys() == gradient_two.keys()
+    file = five_iterations / f"{label(flags)} {ranks_of(flags)}.pt"
+    _, several, gradient_of_several = torch.load(file)
+    assert one.keys() == several.keys() and gradient.keys() == gradient_of_several.keys()
     for net in ("generator", "fake", "heads", "average"):
         moved = [(one[k] - before[k]).abs().max().item() for k in one if k.startswith(net)]
         assert max(moved) > 1e-4, net
     for k, g in gradient.items():
-        assert_close(gradient_two[k], g, rtol=1e-3, atol=1e-5, msg=lambda m: f"gradient {k}: {m}")
-    equal(one, two)
+        assert_close(gradient_of_several[k], g, rtol=1e-3, atol=1e-5,
+                     msg=lambda m: f"gradient {k}: {m}")
+    equal(one, several)
 
 
 PROMPTS = ["a small red circle on green", "two dogs"]
