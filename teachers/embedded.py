@@ -33,7 +33,7 @@ SDXL = Embedded(
     folder=shapes.SHIPPED,
     prompts=shapes.CAPTIONS,
     settings=EVERY | dict(
-        pairs=2048, pair_steps=20, iterations_adp=2000, iterations_adm=100, batch_size=32,
+        pairs=2048, pair_steps=20, iterations_adp=1200, iterations_adm=100, batch_size=32,
         lr_generator_adp=1e-3, lr_generator=1e-5, lr_fake=1e-3, lr_discriminator=1e-3,
         guidance=[2.0, 4.0], pixel_backbone=str(shapes.SHIPPED / "vision_encoder"),
         # few samples: heads that know something already, and a step that shows them more; chosen on
