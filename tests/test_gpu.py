@@ -125,17 +125,19 @@ def test_a_network_in_bf16_sees_changes_far_below_the_spacing_of_its_weights():
     with torch.no_grad():
         net.weight.copy_((0.02 * torch.randn(512, 512)).bfloat16())
         net.weight[0] = 0
-        net.weight[1] = -2.0**-7                        # where the spacing changes
+        net.weight[1:3] = -2.0**-7                      # where the spacing changes
         before = net.weight.clone()
         networks.spread_between_bf16(net)
         assert (net.weight.bfloat16() != before).float().mean() < 1e-4
         assert (net.weight[0] == 0).all()
         assert (net.weight != before)[1:].float().mean() > 0.99
-        for change in (1e-7, 1e-6):
-            seen = ((net.weight + change).bfloat16() - before)[2:].mean().item()
-            assert seen == pytest.approx(change, rel=0.3)
-            unseen = ((before + change).bfloat16() - before)[2:].mean().item()
-            assert unseen < 0.1 * change
+        for change in (1e-7, 1e-6, -1e-6):
+            seen = ((net.weight + change).bfloat16() - before)[3:].mean() / change
+            unseen = ((before + change).bfloat16() - before)[3:].mean() / change
+            assert seen.item() == pytest.approx(1, abs=0.3) and unseen < 0.1
+        for change in (1e-5, -1e-5):
+            seen = ((net.weight + change).bfloat16() - before)[1:3].mean() / change
+            assert seen.item() == pytest.approx(1, abs=0.3)
 
 
 def test_tables_of_positions_stay_exact_in_bf16():

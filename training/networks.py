@@ -7,6 +7,8 @@ from copy import copy, deepcopy
 from types import MethodType
 
 import torch
+import torch.nn as nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from training.draws import stream
@@ -200,16 +202,23 @@ def spread_between_bf16(net):
     In bf16 a network computes with its weights rounded. From a bf16 number a weight would have to
     go half the way to the next, 6e-5 at 0.02, before its network saw any of it: more than a run at
     the papers' rates of 1e-7 goes. Spread evenly, of many weights the right share rounds
-    to the next number, however small the change. Vectors stay: norms run in float32.
+    to the next number, however small the change.
     """
-    for number, p in enumerate(net.parameters()):
-        if p.dim() < 2:
-            continue
+    for number, p in enumerate(parameters_in_bf16(net)):
         shift = torch.rand(p.shape, generator=stream(number)) - 0.5     # the same on every rank
         value = local_part(p)
         shift = local_part(part_like(p, shift)).to(value.device)
         fraction, exponent = value.abs().frexp()                        # fraction: 0.5 to 1, or 0
         spacing = torch.ldexp(fraction.sign(), exponent - 8)
         # below a power of 2 the numbers lie twice as close
-        spacing = torch.where(fraction == 0.5, spacing / 2, spacing)
-        value += spacing * shift
+        is_below = (fraction == 0.5) & (shift * value < 0)
+        value += torch.where(is_below, spacing / 2, spacing) * shift
+
+
+def parameters_in_bf16(net):
+    """Those that are rounded where they are used: all of a sharded network, as they are gathered;
+    else, by autocast, those of linear layers and convolutions. Norms compute in float32."""
+    for module in net.modules():
+        for p in module.parameters(recurse=False):
+            if isinstance(p, DTensor) or isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
+                yield p
