@@ -1,5 +1,6 @@
 """Runs the scripts as a user does. Every run is a process of its own, forked from one that has
 imported the libraries already: a second each instead of six."""
+import gc
 import multiprocessing
 import os
 import re
@@ -39,6 +40,8 @@ from lesson.runs import FOLDERS  # noqa: E402
 
 of_medium("image")                              # imports their files
 of_medium("video")
+gc.collect()
+gc.freeze()                                     # or every run's collections go through all of it
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["cli"])
 # starting a process polls all others: two threads that poll one read its exit code once, and 255

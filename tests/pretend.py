@@ -24,7 +24,7 @@ CASES = {
     "sdxl, A1": (make_sdxl.build, "--method reflow", 1),
     "cogvideox, ADM": (partial(pipelines.cogvideox, "5b", blocks=3),
                        f"--text-tokens 16 --steps 2 {LORA}", 1),
-    "wan 2.2, Phased DMD": (partial(pipelines.wan, "2.2", blocks=2),
+    "wan 2.2, Phased DMD": (partial(pipelines.wan, "2.2", blocks=1),
                             f"{VIDEO} --method phased_dmd --steps 4 --ttur 2", 1),
     "qwen, ADM by LoRA": (partial(pipelines.qwen, blocks=3),
                           f"--height 64 --width 96 --text-tokens 16 --steps 4 {LORA}", 1),

@@ -14,8 +14,8 @@ from teachers import make_sdxl
 from teachers.shapes import CAPTIONS
 
 QUICK = ("--pairs 12 --pair-steps 2 --iterations 4 --batch-size 2 --save-every 2 "
-         "--sample-every 100 --head-channels 16 --lr-generator-adp 1e-3 --lr-generator 1e-3 "
-         "--lr-fake 1e-3 --lr-discriminator 1e-3").split()
+         "--sample-every 100 --samples 3 --head-channels 16 --lr-generator-adp 1e-3 "
+         "--lr-generator 1e-3 --lr-fake 1e-3 --lr-discriminator 1e-3").split()
 PROMPTS = CAPTIONS[:5]
 PHASED = "--method phased_dmd --accumulate 1 --ttur 2 --lora-rank 0 --decay".split()
 # checkpoints of 2 MB and not of 40

@@ -105,7 +105,8 @@ def test_dry_run_needs_no_weights(tmp_path):
     pipe.save_pretrained(tmp_path / "model")
     for file in (tmp_path / "model").rglob("*.safetensors"):
         file.unlink()
-    flags = "--dry-run 2 --dry-run-card a100 --fsdp --lora-rank 0 --text-tokens 16".split()
+    flags = ("--dry-run 2 --dry-run-card a100 --fsdp --lora-rank 0 --text-tokens 16 --method dmd "
+             "--steps 1 --stage adm").split()
     done = succeeded(Run(ROOT / "train_sdxl.py", "--model", tmp_path / "model", *flags,
                          folder=tmp_path).wait())
     size = sum(p.numel() for p in pipe.transformer.parameters())

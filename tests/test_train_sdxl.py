@@ -269,7 +269,8 @@ def test_torchrun_from_the_readme(small, tmp_path):
     """The real launcher, once."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                 "2"]
-    words = [str(word) for word in (*launcher, *command(small, tmp_path / "out", "--stage", "adm"))]
+    words = [str(word) for word in (*launcher, *command(small, tmp_path / "out", "--stage", "adm",
+                                                         "--iterations", "1"))]
     done = subprocess.run(words, env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True,
                           text=True)
     assert done.returncode == 0 and (tmp_path / "out" / "result.json").exists(), done.stderr[-3000:]

@@ -23,15 +23,16 @@ PRETENCE = ("pretend.py", "watch.py")           # whose own lines are no place i
 def where():
     """The last lines of this project on the stack, and the library's line they led to."""
     ours, library = [], ""
-    for frame in traceback.extract_stack():
-        path = Path(frame.filename)
+    for frame, line in traceback.walk_stack(None):              # the newest first
+        path = Path(frame.f_code.co_filename)
         if path.name in PRETENCE:
             continue
-        if ROOT in path.parents and "site-packages" not in frame.filename:
-            ours.append(f"{path.relative_to(ROOT)}:{frame.lineno}")
-        elif "site-packages" in frame.filename and "/torch/" not in frame.filename:
-            library = f" [{path.name}:{frame.lineno}]"
-    return " < ".join(reversed(ours[-3:])) + library
+        is_library = "site-packages" in path.parts
+        if ROOT in path.parents and not is_library:
+            ours.append(f"{path.relative_to(ROOT)}:{line}")
+        elif is_library and "torch" not in path.parts and not library:
+            library = f" [{path.name}:{line}]"
+    return " < ".join(ours[:3]) + library
 
 
 VIEWS = {}                      # operation -> whether it only makes another view, or memory
