@@ -33,7 +33,7 @@ def alone(flags):
     return label([f for f in flags if f in ("bf16", "lora")])
 
 
-FIVE = """
+THREE = """
 import os, sys
 from types import SimpleNamespace
 import torch
@@ -107,7 +107,7 @@ for name in names:
     for losses in adm(generator=generator, scores=Scores(fake, net, schedule),
                       discriminator=discriminator, optimizers=optimizers,
                       student_schedule=schedule, stops=schedule.stops(2), guidance=(2.0, 4.0),
-                      batches=batches, iterations=5):
+                      batches=batches, iterations=3):
         ema.update()
     after = state_of(nets)
     gradient = {f"{o.name}.{i}": g for o in optimizers for i, g in enumerate(o.last)}
@@ -118,19 +118,19 @@ dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def five_iterations(tmp_path_factory):
+def three_iterations(tmp_path_factory):
     """All combinations on two or four ranks, one after the other in the same processes; those that
     compute something else on one rank, too."""
     folder = tmp_path_factory.mktemp("sharded")
     one = dict.fromkeys(map(alone, COMBINATIONS))
     two = [label(flags) for flags in COMBINATIONS if ranks_of(flags) == 2]
     four = [label(flags) for flags in COMBINATIONS if ranks_of(flags) == 4]
-    started = [Run("-c", FIVE, folder, *two, ranks=2), Run("-c", FIVE, folder, *one)]
+    started = [Run("-c", THREE, folder, *two, ranks=2), Run("-c", THREE, folder, *one)]
     ended = [run.wait() for run in started]
-    ended.append(Run("-c", FIVE, folder, *four, ranks=4).wait())
+    ended.append(Run("-c", THREE, folder, *four, ranks=4).wait())
     if ended[0].returncode == -signal.SIGABRT:      # once in some dozens of suites, never twice
         warnings.warn(f"a rank's heap was damaged, by native code; again ({ended[0].stderr[-80:]})")
-        ended[0] = Run("-c", FIVE, folder, *two, ranks=2).wait()
+        ended[0] = Run("-c", THREE, folder, *two, ranks=2).wait()
     for done in ended:
         succeeded(done)
     return folder
@@ -145,10 +145,10 @@ def equal(one, two):
 
 
 @pytest.mark.parametrize("flags", COMBINATIONS, ids=label)
-def test_several_ranks_are_one(five_iterations, flags):
-    """The weights after five iterations, and the last gradients, clipped."""
-    before, one, gradient = torch.load(five_iterations / f"{alone(flags)} 1.pt")
-    file = five_iterations / f"{label(flags)} {ranks_of(flags)}.pt"
+def test_several_ranks_are_one(three_iterations, flags):
+    """The weights after three iterations, and the last gradients, clipped."""
+    before, one, gradient = torch.load(three_iterations / f"{alone(flags)} 1.pt")
+    file = three_iterations / f"{label(flags)} {ranks_of(flags)}.pt"
     _, several, gradient_of_several = torch.load(file)
     assert one.keys() == several.keys() and gradient.keys() == gradient_of_several.keys()
     for net in ("generator", "fake", "heads", "average"):
