@@ -393,6 +393,7 @@ def test_12_one_signal_saves_and_a_second_ends(small, reference, folder):
         run = slow(small, out, "--accumulate", "2000", ranks=ranks)
         run.send(number)
         if number == signal.SIGTERM:            # a batch system's, and then torchrun's own
+            time.sleep(0.3)
             run.send(number)
         time.sleep(pause)
         assert run.alive()
