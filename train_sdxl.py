@@ -49,8 +49,7 @@ from training.optimizer import EMA, Optimizer
 from training.output import Output
 from training.pairs import collect_pairs, load_pairs
 from training.pictures import curves
-from training.ranks import (
-    StopSignal, barrier, broadcast, gather_lists, start, tell_once, world)
+from training.ranks import StopSignal, barrier, broadcast, gather_lists, start, tell_once, world
 from training.sharding import on_rank_0
 from training.show import pictures
 from training.stage import Run, Stage, begin, cure_of_divergence, follow, goodbye
@@ -161,7 +160,7 @@ def run_dmdx(run):
 def load_finished(run, stage, iterations, ema, facts):
     """The generator and its average as a stage left them that an earlier run has finished -> False
     if there is none in --out. Raises Failure if it has fewer iterations."""
-    path = newest_checkpoint(run.out.path / "checkpoints", stage)
+    path = broadcast(newest_checkpoint(run.out.path / "checkpoints", stage))
     if path is None:
         return False
     found = load_checkpoint(path, facts, ema.networks(), ())

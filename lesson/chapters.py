@@ -14,7 +14,7 @@ import torch
 
 from lesson.adm import draw_pages
 from lesson.glyphs import SCHEDULE, SHAPE, no_prompt
-from lesson.rows import (PAIRS, Job, add_run_flags, kept_pairs, load_student, name_of, run_jobs)
+from lesson.rows import PAIRS, Job, add_run_flags, kept_pairs, load_student, name_of, run_jobs
 from lesson.students import FOUR_STEPS, Setting
 from lesson.worlds import Mixture
 from ode import Schedule, predict, sample

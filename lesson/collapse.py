@@ -20,7 +20,7 @@ import torch
 
 from lesson.dt import dt_of, label_of
 from lesson.glyphs import SHARES
-from lesson.rows import (PAIRS, Job, add_run_flags, facts_of, name_of, parse_with_results, run_jobs)
+from lesson.rows import PAIRS, Job, add_run_flags, facts_of, name_of, parse_with_results, run_jobs
 from lesson.students import Setting
 from lesson.tables import WIDTH, smoothed
 from training.errors import run_main

@@ -18,7 +18,7 @@ from dataclasses import replace
 import torch
 
 from lesson.glyphs import SCHEDULE, SHARES
-from lesson.rows import (PAIRS, Job, add_run_flags, facts_of, name_of, parse_with_results, run_jobs)
+from lesson.rows import PAIRS, Job, add_run_flags, facts_of, name_of, parse_with_results, run_jobs
 from lesson.students import Setting
 from lesson.tables import cell, smoothed, values_of
 from training.errors import run_main

@@ -223,8 +223,6 @@ for iteration in (1, 2):
         checkpoints.write_folder = lambda *args: (time.sleep(1), write(*args))
     checkpoints.save_checkpoint(out / "checkpoints", dict(facts, iteration=iteration,
                                 global_iter=iteration), dict(heads=heads), ())
-    if iteration == 1:
-        torch.distributed.barrier()
 torch.nn.init.zeros_(heads.weight)
 load_warm_heads(SimpleNamespace(out=SimpleNamespace(path=out), checkpoint=None),
                 dict(teacher="x"), heads)

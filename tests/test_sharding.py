@@ -84,7 +84,7 @@ for name in names:
                               shape=(4, 8, 8), family=sd3.FAMILY, uncond=lambda n: uncond)
     place(args, net, fsdp, device)
     torch.manual_seed(0)
-    r = 2 * ("lora" in flags)
+    r = 2 if "lora" in flags else 0
     generator = trainable(args, teacher, "generator", r)
     fake = trainable(args, teacher, "fake", r)
     ema = EMA(generator, 0.5, lambda net: prepare(args, net, device))

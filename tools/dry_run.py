@@ -37,6 +37,11 @@ def count(module):
     return sum(p.numel() for p in module.parameters())
 
 
+def frozen_bytes(args):
+    """Of a frozen weight."""
+    return 2 if args.bf16 else 4
+
+
 class Row(NamedTuple):
     """What one network takes: its trained or frozen parameters, and bytes on a rank."""
     name: str
@@ -77,7 +82,7 @@ def memory_rows(args, pipe, net, heads, family, networks, shards):
 
     networks: how many like `net` the teacher has. shards: ranks that share a network's weights.
     """
-    bytes_of = 2 if args.bf16 else 4
+    bytes_of = frozen_bytes(args)
     size = count(net) * networks
     outside = (count(net) - sum(map(count, blocks_of(net)))) * networks
     inside = size - outside
@@ -196,8 +201,7 @@ def print_table(found, args):
         print(f"{row.name:32s}{row.parameters / 1e6:12.1f} M{gib(row.weights)}"
               f"{gib(row.gradients)}{gib(row.optimizer)}{gib(row.average)}")
     remark = "blocks recomputed" if args.grad_checkpointing else "all kept"
-    size_of_one = 2 if args.bf16 else 4
-    loading = gib(size_of_one * found.rows.real.parameters).strip()
+    loading = gib(frozen_bytes(args) * found.rows.real.parameters).strip()
     print(f"\n{'held between passes, on the device':42s}{gib(found.held)}")
     print(f"{'gathered blocks, two at a time':42s}{gib(found.gathered)}")
     print(f"{'activations for the backward pass':42s}{gib(found.activations)}   ({remark})")

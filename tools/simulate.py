@@ -179,11 +179,12 @@ def simulate(args, pipe, family, ranks=1, encoder=vision_encoder):
                   stages=train_sdxl.stages_of(short, family), checkpoint=None, reached=None,
                   show=None)
         found.draw(run)
-        if run.stages:                          # none with --stage pairs
-            train = train_sdxl.run_dmdx
-            if args.method == "phased_dmd":
-                train = train_sdxl.run_phases
-            train(run)
+        if not run.stages:                      # --stage pairs
+            return found.stages
+        if args.method == "phased_dmd":
+            train_sdxl.run_phases(run)
+        else:
+            train_sdxl.run_dmdx(run)
     return found.stages
 
 

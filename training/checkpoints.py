@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from training.errors import Failure, first_not_finite
 from training.folders import (
     read_folder, read_manifest, remove, same_facts, verify, write_folder)
-from training.ranks import world
+from training.ranks import barrier, world
 from training.sharding import on_rank_0, put
 from training.terminal import warn
 
@@ -30,11 +30,16 @@ def save_checkpoint(folder, facts, nets, optimizers):
     files = {f"{name}.safetensors": dict(net.named_parameters()) for name, net in nets.items()}
     for optimizer in optimizers:
         files[f"optimizer_{optimizer.name}.safetensors"] = moments(optimizer)
-    if world()[0] != 0:
+    if world()[0] == 0:
+        write_checkpoint(Path(folder), facts, files)
+    else:
         for tensors in files.values():
             on_rank_0(tensors)
-        return
-    folder = Path(folder)
+    barrier()                   # or another rank could look for it before it is there
+
+
+def write_checkpoint(folder, facts, files):
+    """What rank 0 does of save_checkpoint. files: {name: tensors}."""
     stage = facts["stage"]
     path = folder / f"{stage}-{facts['global_iter']:08d}"
     versions = {name: version(name) for name in LIBRARIES}

@@ -5,7 +5,7 @@ from discriminators import Head, Heads
 from training.checkpoints import load_checkpoint, newest_checkpoint
 from training.errors import Failure
 from training.networks import autocast, tensors_to
-from training.ranks import broadcast, world
+from training.ranks import broadcast
 from training.sharding import shard
 
 
@@ -73,9 +73,8 @@ def refuse_without_heads(args, out, stages, reached):
 def load_warm_heads(run, facts, heads):
     """Let ADM's heads start as those of ADP's latent discriminator, which is finished. facts: what
     ADP's checkpoint must agree in."""
-    path = None
-    if world()[0] == 0:                     # which may have written it just now
-        path = newest_checkpoint(run.out.path / "checkpoints", "adp")
-    path = broadcast(path) or run.checkpoint        # finished in another --out
+    path = broadcast(newest_checkpoint(run.out.path / "checkpoints", "adp"))
+    if path is None:
+        path = run.checkpoint               # finished in another --out
     facts = {name: value for name, value in facts.items() if name != "after_adp"}
     load_checkpoint(path, facts, dict(heads=heads), ())

@@ -125,8 +125,7 @@ class StopSignal:
 
     def __init__(self):
         self.asked = False
-        self.is_armed = False               # the next Ctrl-C or SIGTERM is the second
-        self.asked_at = None                # when the first came
+        self.asked_at = None                # when the first Ctrl-C or SIGTERM came
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.ask)
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:       # nohup has it ignored
@@ -140,9 +139,8 @@ class StopSignal:
         self.asked = True
 
     def ask(self, number, frame):
-        if not self.is_armed:
+        if self.asked_at is None:
             self.asked = True
-            self.is_armed = True
             self.asked_at = time.monotonic()
             complain_at_once("stopping after this iteration; once more to stop at once")
             return
