@@ -154,6 +154,13 @@ def adversarial_judge(scores, D, x0_hat, z_g, t, dt, w, cond, uncond, loss=HINGE
                          discriminator=loss.discriminator(d_fake, d_real))            # Eq. 8
 
 
+def guidance_weight(guidance, draws):
+    """The real score's CFG weights [B]; None where all are 1, which saves its unprompted half."""
+    if set(guidance) == {1}:
+        return None
+    return draws.uniform(*guidance)
+
+
 def step_length(dt, T, draws):
     """None: T/64 as in the paper. Of several, one is drawn."""
     if isinstance(dt, (list, tuple)):
@@ -169,13 +176,12 @@ def adm(generator, scores, discriminator, optimizers, student_schedule, stops, g
     optimizers: of generator, fake score, heads (None with DMD).
     student_schedule: the generator's own, which after ADP is not the scores'.
     stops: the generator's t_N > ... > t_0 = 0. start: (genIter, globalIter) to go on from.
-    guidance: range of the real score's CFG weight, drawn per sample (B.5).
+    guidance: range of the real score's CFG weight, drawn per sample (B.5); (1, 1): none.
     batches(global_iter): list of micro-batches (draws, cond, uncond) whose gradients add up.
     ttur: fake-score updates per generator update.
     dt: how far below t the discriminator looks, in times; a list: one of them, drawn an iteration.
-    DMD takes no step; there dt is the smallest t.
     x_fake and x_real differ by dt times the difference of the scores. Short steps keep D to just
-    that difference (the paper: T/64), and take D many samples to learn from.
+    that (the paper: T/64), and take D many samples to learn from. For DMD dt is the smallest t.
     student_w: CFG weight of the generator itself ("ADM w/ CFG", Tab. 8).
     Yields dict(iteration, global_iter, fake, dmd) and, with a discriminator, its and G's loss.
     """
@@ -209,7 +215,7 @@ def adm(generator, scores, discriminator, optimizers, student_schedule, stops, g
             x0_hat, _ = predict(generator, student_schedule, x_tn, t_n, cond, uncond, student_w)
             length = step_length(dt, schedule.T, draws)
             z_g, t = draws.normal(), draws.integers(length, schedule.T)               # line 18
-            w = draws.uniform(*guidance)
+            w = guidance_weight(guidance, draws)
             if discriminator is None:
                 grad_x0, losses = dmd_judge(scores, x0_hat.detach(), z_g, t, w, cond, uncond)
             else:

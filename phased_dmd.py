@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 import torch
 
-from adm import dmd_gradient, score_loss
+from adm import dmd_gradient, guidance_weight, score_loss
 from ode import network_output, predict, sample, to_multiply
 
 
@@ -170,7 +170,7 @@ def phased_dmd(experts, scores, optimizers, guidance, batches, iterations, start
                 x_tn = generate([*earlier, Expert(generator, stops[:N - n + 1])], schedule, z, cond)
             x_s_hat = schedule.step(*predict(generator, schedule, x_tn, stops[N - n], cond), s)
             eps, t = draws.normal(), draws.integers(s + 1, noisiest)
-            w = draws.uniform(*guidance)
+            w = guidance_weight(guidance, draws)
             with torch.no_grad():                               # here the backward pass is cut
                 x_s = x_s_hat.detach()
                 x_t = renoise(schedule, x_s, eps, s, t)

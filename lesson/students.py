@@ -45,6 +45,7 @@ class Setting:
     lr_fake: float = 5e-4
     lr_heads: float = 1e-3      # of ADP's discriminators
     critic_ratio: float = 3.0   # rate of ADM's heads, in the generator's
+    lambda_1: float = 0.85      # weight of ADP's D_1; D_2 has the rest
     dt: int = round(SCHEDULE.T / 6)
     warm_heads: bool = True     # ADM after ADP starts from the heads of ADP's D_1
     backbone: str = "reader"    # of the pixel discriminator
@@ -160,18 +161,19 @@ def train_a1(given):
     return Student([Expert(average, ONE_STEP)], None, log, seconds)
 
 
-def train_adp(given, backbone=None, lambdas=(0.85, 0.15)):
-    """backbone: of the pixel discriminator, another than the setting's."""
-    setting = given.setting
+def train_adp(given, **changed):
+    """changed: fields of the setting that are others here."""
+    setting = replace(given.setting, **changed)
     torch.manual_seed(given.seed)               # of the heads
     net = trainable_copy(given.teacher)
     latent = latent_discriminator(given.teacher)
-    pixel = pixel_discriminator(backbone or setting.backbone)
+    pixel = pixel_discriminator(setting.backbone)
     optimizers = (optimizer_of(net, setting.lr_adp), optimizer_of(latent.heads, setting.lr_heads),
                   optimizer_of(pixel.heads, setting.lr_heads))
     losses = adp(net, D_1=latent, D_2=pixel, decode=lambda x: x, optimizers=optimizers,
                  schedule=SCHEDULE, line=SCHEDULE, batches=pair_batches(given, ADP),
-                 iterations=setting.iterations_adp, lambdas=lambdas)
+                 iterations=setting.iterations_adp,
+                 lambdas=(setting.lambda_1, 1 - setting.lambda_1))
     average, log, seconds = averaged(net, optimizers[0], setting.iterations_adp, losses, setting)
     return Student([Expert(average, ONE_STEP)], latent.heads, log, seconds)
 

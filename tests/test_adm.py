@@ -271,7 +271,7 @@ class Recorded(nn.Module):
         return noted(x)
 
 
-def recorded_iteration(method, steps, recompute=False):
+def recorded_iteration(method, steps, recompute=False, guidance=(1.0, 3.0)):
     """One iteration of a stage -> the passes of all networks in their order. Nothing may be
     collected in the fake score when the gradient has reached the generator."""
     schedule = Schedule.straight(100)
@@ -289,7 +289,7 @@ def recorded_iteration(method, steps, recompute=False):
                    Recorded(scores.real, "F", passes), schedule)
     student = Recorded(generator, "G", passes)
     next(adm(student, spied, D, optimizers=optimizers, student_schedule=schedule,
-             stops=schedule.stops(steps), guidance=(1.0, 3.0), batches=no_prompts, iterations=1))
+             stops=schedule.stops(steps), guidance=guidance, batches=no_prompts, iterations=1))
     assert looked == [True]
     return passes
 
@@ -310,6 +310,12 @@ def test_an_iteration_runs_these_passes_and_no_others(method, steps):
     else:
         passes += [("f", BATCH, False, False), ("F", 2 * BATCH, False, False)]
     assert recorded_iteration(method, steps) == passes
+
+
+def test_without_guidance_the_real_score_is_asked_once():
+    unguided = recorded_iteration("adm", 1, guidance=(1.0, 1.0))
+    assert ("F", BATCH, False, False) in unguided
+    assert len(unguided) == len(recorded_iteration("adm", 1))
 
 
 def test_the_student_stops_where_the_paper_says():

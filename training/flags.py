@@ -92,8 +92,8 @@ def add_optimisation(p):
 def add_method(p):
     g = p.add_argument_group("method")
     g.add_argument("--guidance", type=float, nargs=2, default=[6.0, 8.0], metavar=("LO", "HI"),
-                   help="CFG range of the real score; paper: 6 8, SD3.5-Large 3 4, CogVideoX 5 7 "
-                   "(B.5)")
+                   help="CFG range of the real score (1 1: none); paper: 6 8, SD3.5-Large 3 4, "
+                   "CogVideoX 5 7 (B.5)")
     g.add_argument("--steps", type=int, default=1,
                    help="of the student; paper: SDXL 1, SD3 4, CogVideoX 8, Phased DMD 4")
     g.add_argument("--cfg-student", type=float, help="train and sample the student under guidance "
