@@ -8,7 +8,8 @@ or Phased DMD. For SDXL, SD3, SD3.5 and Qwen-Image; a family is a file in famili
 
     # one GPU, by LoRA
     python train_sdxl.py --model stabilityai/stable-diffusion-xl-base-1.0 --prompts prompts.txt \\
-        --out out/sdxl --bf16 --grad-checkpointing --lora-rank 64 --lora-rank-fake 64
+        --out out/sdxl --bf16 --grad-checkpointing --lora-rank 64 --lora-rank-fake 64 \\
+        --lr-generator-adp 1e-4 --lr-generator 1e-5 --lr-fake 1e-4 --lr-discriminator 5e-5
     torchrun --nproc-per-node 8 train_sdxl.py ...       # eight, with the same flags
     python train_sdxl.py --model stabilityai/stable-diffusion-3-medium-diffusers ...  # four steps
     python train_sdxl.py --model Qwen/Qwen-Image --method phased_dmd ...              # two experts

@@ -1,5 +1,5 @@
 """Stable Diffusion 3 and 3.5: a flow transformer, four steps. SD3-Medium by LoRA, SD3.5-Large fully
-(B.5)."""
+(B.5); SD3.5-Medium, which is not in the paper, as SD3-Medium *(choice)*."""
 from discriminators import Taps, to_grid
 from families.family import ATTENTION, Family, decode_image, image_latent, unshifted_sigmas
 from training.errors import Failure
@@ -48,7 +48,7 @@ def prompt_shapes(config, tokens):
 
 def defaults(config):
     if config.get("num_layers") == 38:                      # SD3.5-Large
-        return dict(steps=4, lr_generator=1e-8, guidance=[3.0, 4.0])
+        return dict(steps=4, lr_generator=1e-8, guidance=[3.0, 4.0], pair_guidance=3.5)
     return dict(steps=4, lr_generator=1e-6, lora_rank=64)
 
 

@@ -3,7 +3,8 @@ example: two experts are exported as Wan 2.2 keeps its own, `transformer`, `tran
 boundary, which stock diffusers runs as they are. Latents are [C,T,h,w].
 
 *(choice)*: the empty prompt stands for no prompt, where the models' cards have a list of what is
-not wanted, and both networks of 2.2 are guided by one weight.
+not wanted; both networks of 2.2 are guided by one weight; that weight is drawn, as ADM's is; ADM's
+discriminator reads the network for little noise at all times; ADM's rates are CogVideoX's.
 """
 import torch
 import torch.nn as nn

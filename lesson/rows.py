@@ -44,7 +44,7 @@ ROWS = {                        # in the order in which they are trained
     "B2": Row("DMD without ADP", partial(train_matching, judge="dmd"), 25.97),
     "B3": Row("ADP, then DMD", partial(train_matching, judge="dmd"), 27.40, follows="A5"),
     "B4": Row("ADP, then ADM: DMDX", partial(train_matching, judge="adm"), 27.70, follows="A5"),
-    "A2": Row("ADP, another pixel backbone", partial(train_adp, backbone="random"), 27.10,
+    "A2": Row("ADP, an untrained pixel backbone", partial(train_adp, backbone="random"), 27.10,
               pairs=True),
     "A3": Row("ADP, weights 0.7, 0.3", partial(train_adp, lambda_1=0.7), 26.89, pairs=True),
     "A4": Row("ADP, latent discriminator alone", partial(train_adp, lambda_1=1.0), 26.79,

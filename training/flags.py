@@ -9,8 +9,8 @@ from training.flag_problems import problems, problems_of_family
 from training.loading import pipeline_class, pipeline_config
 from training.tracking import TRACKERS
 
-# Phased DMD's own values (arXiv 2510.27684): 64 samples an iteration, here micro-batches of 4 on
-# one rank.
+# Phased DMD's own values (arXiv 2510.27684): the generator's rate is a LoRA's, the fake score's is
+# for all weights. Its 64 samples an iteration are here 16 micro-batches of 4 on one rank.
 PHASED = dict(steps=4, ttur=5, lr_generator=5e-5, lora_rank=64, lora_alpha=8.0, lr_fake=4e-7,
               accumulate=16)
 
@@ -55,36 +55,41 @@ def add_video(p):
 
 def add_pairs(p):
     g = p.add_argument_group("ODE pairs")
-    g.add_argument("--pairs", type=int, default=16384, help="how many to collect (paper: silent)")
+    g.add_argument("--pairs", type=int, default=16384, help="how many to collect (choice; "
+                   "paper: silent)")
     g.add_argument("--pair-steps", type=int, default=25, help="teacher's steps, second-order "
-                   "multistep (paper: a teacher of 25 steps, Tab. 1)")
+                   "multistep (choice; the paper's teachers are measured at 25, Tab. 1)")
     g.add_argument("--pair-guidance", type=float, default=7.0,
-                   help="teacher's CFG weight (paper: as in its own sampling)")
+                   help="teacher's CFG weight (choice: as one samples it)")
 
 
 def add_optimisation(p):
     g = p.add_argument_group("optimisation")
-    g.add_argument("--iterations-adp", type=int, default=8000, help="paper: 8000 (Tab. 7)")
-    g.add_argument("--iterations-adm", type=int, default=8000, help="paper: 8000 (Tab. 7)")
+    g.add_argument("--iterations-adp", type=int, default=8000, help="paper: 8000 (Tab. 7, SDXL)")
+    g.add_argument("--iterations-adm", type=int, default=8000,
+                   help="paper: 8000 (Tab. 7, SDXL)")
     g.add_argument("--iterations-phase", type=int, default=1000,
                    help="of each phase of Phased DMD (choice)")
     g.add_argument("--iterations", type=int, help="all of these at once")
     g.add_argument("--batch-size", type=int, default=4,
-                   help="samples a rank and micro-batch (paper: 4 on each of 32 GPUs, Tab. 7)")
+                   help="samples a rank and micro-batch (paper: 4 on each of 32 GPUs, Tab. 7, "
+                   "SDXL)")
     g.add_argument("--accumulate", type=int, default=1, help="micro-batches an iteration; a larger "
                    "--batch-size is faster where it fits, since the host launches as many kernels "
                    "for one sample as for four (Phased DMD: 16, for the paper's 64 samples on one "
                    "rank)")
     g.add_argument("--lr-generator-adp", type=float, default=1e-6, help="paper: 1e-6 (B.5)")
     g.add_argument("--lr-generator", type=float, default=1e-7, help="in ADM; paper: SDXL 1e-7, "
-                   "SD3-Medium 1e-6, SD3.5-Large 1e-8, CogVideoX 1e-7 (B.5); Phased DMD 5e-5")
-    g.add_argument("--lr-fake", type=float, default=1e-6, help="paper: 1e-6 (B.5); Phased DMD 4e-7")
+                   "SD3-Medium 1e-6, SD3.5-Large 1e-8, CogVideoX 1e-7 (B.5); Phased DMD's LoRA "
+                   "5e-5")
+    g.add_argument("--lr-fake", type=float, default=1e-6,
+                   help="of all weights; a LoRA wants more. Paper: 1e-6 (B.5); Phased DMD 4e-7")
     g.add_argument("--lr-discriminator", type=float, default=5e-6, help="paper: 5e-6 (B.5)")
     g.add_argument("--clip", type=float, default=1.0,
                    help="largest gradient norm, 0 for none (choice)")
     g.add_argument("--decay", action=argparse.BooleanOptionalAction, default=False,
                    help="let the generator's rate fall to zero over a stage, in a straight line "
-                   "(choice; paper: constant)")
+                   "(choice)")
     g.add_argument("--ema", type=float, default=0.0, help="decay of the generator's average that "
                    "is sampled and exported, 0 for none (choice)")
 
@@ -97,8 +102,8 @@ def add_method(p):
     g.add_argument("--steps", type=int, default=1,
                    help="of the student; paper: SDXL 1, SD3 4, CogVideoX 8, Phased DMD 4")
     g.add_argument("--cfg-student", type=float, help="train and sample the student under guidance "
-                   "of this weight, two evaluations a step (paper: the row 'ADM w/ CFG' of the "
-                   "video tables, Tab. 8)")
+                   "of this weight, two evaluations a step (for the row 'ADM w/ CFG' of the video "
+                   "tables, Tab. 8, whose training the paper does not describe)")
     g.add_argument("--ttur", type=int, default=1,
                    help="fake-score updates a generator update; paper: 1 (Tab. 5); Phased DMD 5")
     g.add_argument("--dt", type=int, nargs="+", metavar="TIMES", help="how far below t ADM's "
@@ -121,7 +126,7 @@ def add_method(p):
     g.add_argument("--phases", type=int, default=2,
                    help="experts, each with an equal part of --steps; paper: 2")
     g.add_argument("--weighting", choices=["dmd", "paper"], default="dmd",
-                   help="of the generator's gradient (phased_dmd.kl_gradient)")
+                   help="of the generator's gradient (dmd: a choice; phased_dmd.kl_gradient)")
     g.add_argument("--clamp", type=float, nargs=2, default=[0.0, 10.0], metavar=("LO", "HI"),
                    help="range of the fake score's weight; paper: 0 10 (Eq. 13)")
     g.add_argument("--narrow", action="store_true",

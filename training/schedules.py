@@ -30,8 +30,8 @@ def from_diffusers(scheduler, shift=None):
 
 
 def flow_table(config, shift):
-    """alpha = 1 - sigma, and sigma is the shifted time. "Uniform t" of the papers is uniform in the
-    unshifted one, which is the row of the table."""
+    """alpha = 1 - sigma, and sigma is the shifted time. "Uniform t" of the papers is here uniform
+    in the unshifted one, which is the row of the table *(choice)*."""
     T = config.num_train_timesteps
     u = torch.arange(T + 1, dtype=torch.float64) / T
     is_unipc = config.get("use_flow_sigmas")                # Wan's scheduler
