@@ -14,8 +14,8 @@ trains. It makes the same updates (the tests hold one against the other), with t
 - D's features of x_fake serve both updates: the discriminator's takes them detached.
 - Guidance runs both its halves in one batch, and micro-batches may add up to one iteration.
 
-A stage is a Python generator: it trains, and yields its losses after each step of G, those of the
-last micro-batch. Logging, checkpoints and processes live in its caller's `for` body, random numbers
+`adm`, `adp` and `reflow` train, and yield their losses after each step of G, those of the last
+micro-batch. Logging, checkpoints and processes live in their caller's `for` body, random numbers
 (`draws`) in training/draws.py.
 """
 from contextlib import contextmanager
@@ -39,7 +39,8 @@ def algorithm_1(generator, scores, discriminator, optimizers, student_schedule, 
                 draws, cond, uncond, global_iter, ttur=1):
     """Lines 5 to 26 of Algorithm 1 (ADM supplement, A), once. Arguments as in `adm`; what a plain
     backward() leaves in networks that are not stepped is dropped by their next zero_grad()."""
-    G, f_psi, F_phi, schedule, D = generator, *scores, discriminator
+    G, D = generator, discriminator
+    f_psi, F_phi, schedule = scores.fake, scores.real, scores.schedule
     generator_opt, fake_opt, heads_opt = optimizers
     N, dt = len(stops) - 1, round(schedule.T / 64)
 
@@ -137,7 +138,7 @@ def adversarial_judge(scores, D, x0_hat, z_g, t, dt, w, cond, uncond, loss=HINGE
     x0_hat = x0_hat.detach().requires_grad_()
     x_t = schedule.add_noise(x0_hat, z_g, t)                                          # line 19
     told = dict(cond, timestep=schedule.timestep[t - dt])
-    with frozen(scores.fake):       # until its backward is over: checkpointing runs f_psi again
+    with frozen(scores.fake):       # for its backward too: checkpointing runs f_psi again there
         x0_fake, eps_fake = predict(scores.fake, schedule, x_t, t, cond)
         x_fake = schedule.step(x0_fake, eps_fake, t - dt)                             # line 20
         with torch.no_grad():
@@ -163,9 +164,9 @@ def guidance_weight(guidance, draws):
 
 def step_length(dt, T, draws):
     """None: T/64 as in the paper. Of several, one is drawn."""
-    if isinstance(dt, (list, tuple)):
-        return dt[draws.shared_integer(0, len(dt) - 1)]
-    return dt or round(T / 64)
+    if dt is None:
+        return max(1, round(T / 64))
+    return dt[draws.shared_integer(0, len(dt) - 1)]
 
 
 def adm(generator, scores, discriminator, optimizers, student_schedule, stops, guidance, batches,
@@ -179,7 +180,7 @@ def adm(generator, scores, discriminator, optimizers, student_schedule, stops, g
     guidance: range of the real score's CFG weight, drawn per sample (B.5); (1, 1): none.
     batches(global_iter): list of micro-batches (draws, cond, uncond) whose gradients add up.
     ttur: fake-score updates per generator update.
-    dt: how far below t the discriminator looks, in times; a list: one of them, drawn an iteration.
+    dt: list of how far below t the discriminator looks, in times; one is drawn an iteration.
     x_fake and x_real differ by dt times the difference of the scores. Short steps keep D to just
     that (the paper: T/64), and take D many samples to learn from. For DMD dt is the smallest t.
     student_w: CFG weight of the generator itself ("ADM w/ CFG", Tab. 8).
@@ -232,7 +233,7 @@ def adm(generator, scores, discriminator, optimizers, student_schedule, stops, g
         if discriminator is not None:
             heads_opt.step()                                                          # line 26
             heads_opt.zero_grad()
-        detached = {name: loss.detach() for name, loss in losses.items()}
+        detached = {name: value.detach() for name, value in losses.items()}
         yield dict(iteration=gen_iter, global_iter=global_iter, fake=fake_loss.detach(), **detached)
 
 

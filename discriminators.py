@@ -44,7 +44,7 @@ class Head(nn.Module):
         is_video = len(shape) == 4
         channels = shape[0]
         height, width = shape[-2:]
-        depth = min(blocks, min(height, width).bit_length() - 1)
+        depth = min(blocks, int(math.log2(min(height, width))))
         if depth < 1:
             raise ValueError(f"a head needs a map of at least 2x2, but this tap gives "
                              f"{tuple(shape)}: use larger images or fewer taps")

@@ -51,9 +51,9 @@ class Schedule:
 
     @classmethod
     def straight(cls, T=1000, last=None):
-        """ADP's rectified-flow line from x_0 to x_T. last: what the network is told at T. T - 1
-        unless given: as far as an SDXL teacher ever looked, and what the scheduler that samples its
-        students in diffusers tells them at sigma = 1. SD3 is told T."""
+        """ADP's rectified-flow line from x_0 to x_T. last: the timestep that the network is told
+        at T; None: T - 1, the last one SDXL was trained on, and what diffusers' flow scheduler
+        tells its students. SD3 is told T."""
         t = torch.arange(T + 1, dtype=torch.float64)
         told = t.clamp(max=T - 1 if last is None else last)
         return cls(1 - t / T, t / T, told, "flow")
@@ -132,7 +132,7 @@ def predict(net, schedule, x, t, cond, uncond=None, w=None):
     cond, uncond: the network's conditioning for the prompts, and for no prompt. With w, a float or
     [B], classifier-free guidance: output = uncond + w (cond - uncond), both halves in one batch.
     """
-    if not torch.is_tensor(t):                          # filled there: a copy would be waited for
+    if not torch.is_tensor(t):          # filled on the device: for a copy the host would wait
         t = torch.full((len(x),), t, device=x.device)                           # [B]
     if w is None:
         return schedule.pair(x, network_output(net, schedule, x, t, cond), t)
@@ -151,8 +151,8 @@ def sample(net, schedule, x, stops, cond, uncond=None, w=None, order=1):
     order 2: dx = x0_hat d(alpha) + eps_hat d(sigma), with the pair extrapolated to the middle of
     the step from the last two evaluations (Adams-Bashforth). The clock is the angle atan2(sigma,
     alpha): unlike log-SNR it is finite when clean and at zero terminal SNR. The first step has no
-    past and the last has to return x0_hat itself; both are first order, which costs the solver no
-    order.
+    past and the last has to return x0_hat itself; both are first order. That costs no order where
+    sigma is even near 0 (SD3); on SDXL's and CogVideoX's tables the last jump sets the order.
     """
     if order == 2:
         angle = torch.atan2(schedule.sigma, schedule.alpha).tolist()    # 0 clean, pi/2 at zero SNR

@@ -21,12 +21,9 @@ x_0 and e, only x_s and eps, and "eps - x_s" is tempting and wrong. Take in thei
 
     e  <-  (sigma_t / b) eps            x_0  <-  x_s / alpha_s - (a sigma_s^2 / (alpha_s b)) eps
 
-which have the right mean given x_t. Proof: with x_s = alpha_s x_0 + sigma_s n, sigma_t e is the sum
-of a sigma_s n and b eps. Of the sum of two independent normals each has its share of the variance:
-E[eps] = (b / sigma_t) e, so E[(sigma_t / b) eps] = e. And E[n] = (a sigma_s / sigma_t) e, so
-E[x_s / alpha_s] = x_0 + (a sigma_s^2 / (alpha_s sigma_t)) e, which the second term takes back.
-A regression needs no more than the right mean, and the targets of flow, v and eps networks are all
-linear in the pair, so all take theirs from it. At s = 0 the pair is (x_0, e) itself.
+which have the right mean given x_t (two lines of proof: lesson/README.md, chapter 9). A regression
+needs no more than that, and the targets of flow, v and eps networks are all linear in the
+pair, so all take theirs from it. At s = 0 the pair is (x_0, e) itself.
 """
 from typing import NamedTuple
 
@@ -85,8 +82,8 @@ def kl_gradient(schedule, x_s, fake_pair, real_pair, s, t, weighting="dmd"):
     x_t = renoise(x_s, eps). s int, t LongTensor [B]. Raises ValueError for another weighting.
 
     'paper': a (score_fake - score_real), the chain rule through d x_t / d x_s = a. A score is
-    -eps_hat / sigma, so this is alpha_t a / (alpha_t sigma_t + sigma_t^2) (T - F) of the paper, T
-    and F the real and fake velocity eps_hat - x0_hat. At s = 0 it grows like 1 / sigma_t.
+    -eps_hat / sigma, so this is alpha_t a / (alpha_t sigma_t + sigma_t^2) (v_real - v_fake), as the
+    paper has it, of the velocities v = eps_hat - x0_hat. At s = 0 it grows like 1 / sigma_t.
     'dmd' *(choice)*: adm.dmd_gradient of x_s, with each score's E[x_s | x_t] = alpha_s x0_hat
     + (a sigma_s^2 / sigma_t) eps_hat; at s = 0 DMD's own. On the ring (lesson/phased_dmd.py, rate
     1e-4, one seed) share_error is 0.018 in two phases, 0.017 in one; of 'paper' 0.032 and 0.31.

@@ -17,7 +17,7 @@
         --method phased_dmd --fsdp --accumulate 2 ...
 
 The stages are train_sdxl.py's, without ADP, which is for images. Writes what that writes;
-samples.png is a contact sheet, and the first sampled videos are GIFs beside it.
+samples.png is a contact sheet, and each sampled video is a GIF beside it.
 """
 import training.interrupt  # noqa: F401, I001  first: the libraries take seconds
 from training.errors import run_main

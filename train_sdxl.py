@@ -50,7 +50,7 @@ from training.optimizer import EMA, Optimizer
 from training.output import Output
 from training.pairs import collect_pairs, load_pairs
 from training.pictures import curves
-from training.ranks import StopSignal, barrier, broadcast, gather_lists, start, tell_once, world
+from training.ranks import StopSignal, barrier, broadcast, gather_lists, is_rank_0, start, tell_once
 from training.sharding import on_rank_0
 from training.show import pictures
 from training.stage import Run, Stage, begin, cure_of_divergence, follow, goodbye
@@ -254,11 +254,11 @@ def distil(run, families, shipped):
                       f"losses in {out.path}/metrics.jsonl")
     weights = [{} if isinstance(expert.net, Lora) else on_rank_0(expert.net.state_dict())
                for expert in experts]
-    if world()[0] == 0:
+    if is_rank_0():
         write_folder(out.path / "samples", {"samples.safetensors": samples}, teacher.facts)
         export(run, families, experts, schedule, weights)
         curves(out)
-    if shipped and (teacher.ranks_draw_together or world()[0] == 0):
+    if shipped and (teacher.ranks_draw_together or is_rank_0()):
         return report_of_student(shipped, run, experts, schedule)
     return {}
 
@@ -291,13 +291,13 @@ def main(doc, medium):
     try:
         table = distil(run, families, shipped)
     except NotFinite as e:
-        drawn = sorted(set(gather_lists(teacher.drawn)))
-        lines = [f"{i + 1} ({textwrap.shorten(prompts[i], 40)})" for i in drawn]
+        asked = sorted(set(gather_lists(teacher.asked)))
+        lines = [f"{i + 1} ({textwrap.shorten(prompts[i], 40)})" for i in asked]
         raise Failure(f"{teacher.at}: {e}; {cure_of_divergence(run)}, or look at its prompts, by "
                       f"line: {', '.join(lines)}")
     finally:
         report.finish()
-    if table is None or world()[0] != 0:
+    if table is None or not is_rank_0():
         return
     seconds = time.time() - began
     result = out.path / "result.json.tmp"

@@ -36,7 +36,7 @@ class ByNoise(nn.Module):
         for net, mine in ((self.high, is_high), (self.low, ~is_high)):
             count = mine.sum().item()
             is_needed = count > 0
-            if "sharded" in net.__dict__:
+            if hasattr(net, "sharded"):
                 # by another rank, which needs this one's part of the weights
                 is_needed = any_rank(is_needed)
             if not is_needed:

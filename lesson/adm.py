@@ -17,8 +17,9 @@ Seed 0; seconds are the processor's, of one thread, and include ADP's; 250 in al
 
 The world, its reader and what the columns mean stand in lesson/glyphs.py, the students in
 lesson/students.py. Writes adm.png, pages to read with the naked eye and the shares of the glyphs on
-them, and result.json. The same in twice the iterations, with all other rows, three seeds and error
-bars: `python -m lesson.tables`. A shorter first look, in the plane: `python -m lesson.ring`.
+them, and result.json. ADP has the weights of row A3. With the paper's, about twice the iterations,
+all rows and three seeds: `python -m lesson.tables`. A shorter first look, in the plane:
+`python -m lesson.ring`.
 """
 import json
 import shutil
@@ -73,7 +74,7 @@ def train_all(args, setting):
     if (args.out / "result.json").exists():     # finished: it shows what its code does now
         shutil.rmtree(args.out / f"seed{args.seed}", ignore_errors=True)
         (args.out / "result.json").unlink()
-    # the first two need no pairs: they are under way while the pairs are collected
+    # the first needs no pairs: it is under way while they are collected
     jobs = [Job(PAIRS, args.seed, setting)]
     for row in ("B1", "A5", "B2", "A1", "B4", "B3"):
         jobs.append(Job(row, args.seed, setting))

@@ -2,8 +2,8 @@
 
     python -m lesson.gallery            # seed 0, two cores
 
-Writes lesson/results/gallery.png, four samples of the same noise and all losses of both runs, and
-gallery.json.
+Writes lesson/results/gallery.png, four samples of the same noise and the failed run's losses beside
+the healthy one's, and gallery.json.
 """
 import json
 import time

@@ -1,8 +1,8 @@
 """The rows of the tables on pages of glyphs: how each student is trained, kept and measured.
 
-lesson/adm.py trains six of these rows for one seed, lesson/tables.py all of them for three seeds,
-lesson/dt.py and lesson/collapse.py some of them at other settings. Each student is a process of one
-thread. Finished ones are kept: a second call goes on where the first was stopped.
+lesson/tables.py trains all of these rows for three seeds, lesson/adm.py six of them, shorter, for
+one, lesson/dt.py and lesson/collapse.py some of them at other settings. Each student is a process
+of one thread. Finished ones are kept: a second call goes on where the first was stopped.
 """
 import json
 import multiprocessing

@@ -1,8 +1,8 @@
 """The one-step students of the pages of glyphs, and the four-step ones: how each is trained.
 
-lesson/adm.py shows them, lesson/tables.py measures them over seeds, lesson/dt.py and
-lesson/collapse.py change one thing at a time. All share one Setting. The loops are those that train
-SDXL: adm.reflow, adm.adp, adm.adm and phased_dmd.phased_dmd.
+lesson/tables.py measures them over seeds, all with one Setting; lesson/adm.py shows six of them in
+a shorter one; lesson/dt.py and lesson/collapse.py change one thing at a time. The loops are those
+that train SDXL: adm.reflow, adm.adp, adm.adm and phased_dmd.phased_dmd.
 """
 import time
 from copy import deepcopy
@@ -26,7 +26,7 @@ WATCHED = 6                                     # how often ADM and DMD are meas
 
 @dataclass(frozen=True)
 class Setting:
-    """What all students share. Chosen on seed 10, reported on 0, 1 and 2 (docs/notebook.md)."""
+    """What the students share. Chosen on seed 10, reported on 0, 1 and 2 (docs/notebook.md)."""
     count: int = 2048           # pages that are read of each student
     pairs: int = 2048           # of the teacher's ODE
     pair_steps: int = 10
@@ -194,7 +194,7 @@ def train_matching(given, judge, after=None, ttur=1):
     discriminator = None
     dt = None                   # DMD takes no step: its times begin at the paper's T/64
     if judge == "adm":
-        dt = setting.dt
+        dt = [setting.dt]
         discriminator = latent_discriminator(given.teacher)
         if after is not None and setting.warm_heads:
             discriminator = Discriminator(discriminator.taps, deepcopy(after.heads))

@@ -27,7 +27,7 @@ OF_MOVING = dict(accuracy="accuracy", steady="steady", diversity="diversity")
 EVERY = dict(
     pair_guidance=3.0, decay=True, ema=0.98, head_channels=64, sample_every=250, save_every=250)
 
-# three orders of magnitude fewer weights and iterations than the paper's
+# a thousandth of the paper's weights, and a seventh to an eightieth of its iterations
 SDXL = Embedded(
     name="embedded SDXL",
     folder=shapes.SHIPPED,

@@ -4,7 +4,7 @@ from ode import predict
 from phased_dmd import generate
 from training.batches import fixed_noise
 from training.pairs import load_pairs
-from training.ranks import world
+from training.ranks import is_rank_0
 from training.show import in_words, student_sampler
 
 
@@ -34,7 +34,7 @@ def report_of_student(shipped, run, experts, schedule):
                    student=draw(student_sampler(args, experts, schedule)))
     table = {row: shipped.marks(samples[row], captions, reference) for row in labels}
     left = noise_left(teacher, experts, schedule, x_T, prompt[:half])
-    if world()[0] == 0:
+    if is_rank_0():
         print_table(f"{half} samples each", labels, table, shipped.columns)
         for k, share in enumerate(left, 1):
             print(f"expert {k} hands on x_s with {share:.3f} of the noise it should have")

@@ -395,7 +395,7 @@ def test_constant_heads_sit_at_hinge_two():
 
 STEP_LENGTHS = {
     "T/64": (None, {2}),
-    "an int": (5, {5}),
+    "one": ([5], {5}),
     "one of several": ([1, 4, 9, 60], {1, 4, 9, 60}),
     "a tuple": ((3, 7), {3, 7}),
 }
@@ -403,7 +403,7 @@ STEP_LENGTHS = {
 
 @pytest.mark.parametrize("case", STEP_LENGTHS)
 def test_dt_is_how_far_below_t_the_discriminator_looks(case):
-    """T/64, an int, or one of several: drawn for each iteration, the same in all its micro-batches,
+    """T/64, or one of those given: drawn for each iteration, the same in all its micro-batches,
     and each of them in turn. t is at least dt."""
     dt, expected = STEP_LENGTHS[case]
     schedule = Schedule.straight(128, last=128)         # the timestep told at t is t

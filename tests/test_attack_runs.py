@@ -212,14 +212,14 @@ from types import SimpleNamespace
 import torch
 from training import checkpoints
 from training.heads import load_warm_heads
-from training.ranks import start, world
+from training.ranks import is_rank_0, start, world
 start()
 out = Path(sys.argv[1])
 facts, heads = dict(stage="adp", teacher="x"), torch.nn.Linear(1, 1)
 write = checkpoints.write_folder
 for iteration in (1, 2):
     torch.nn.init.constant_(heads.weight, iteration)
-    if iteration == 2 and world()[0] == 0:
+    if iteration == 2 and is_rank_0():
         checkpoints.write_folder = lambda *args: (time.sleep(1), write(*args))
     checkpoints.save_checkpoint(out / "checkpoints", dict(facts, iteration=iteration,
                                 global_iter=iteration), dict(heads=heads), ())

@@ -1,5 +1,5 @@
-"""The worked experiments of lesson/hacks: each is small, applies to the code as it is, runs, and
-does what it says."""
+"""The worked experiments of lesson/hacks: each is small and applies to the code as it is; all but
+the last, biased_target, run here and do what they say."""
 import json
 import os
 

@@ -248,7 +248,7 @@ def test_one_phase_is_dmd_with_sgts_bit_for_bit():
     plain = list(adm(
         other, Scores(other_fake, other_teacher, schedule), None,
         optimizers=(*sgd(other, other_fake, lr=0.3), None), student_schedule=schedule, stops=stops,
-        guidance=GUIDANCE, batches=lambda i: [prompts(i)], iterations=3, ttur=2, dt=1))
+        guidance=GUIDANCE, batches=lambda i: [prompts(i)], iterations=3, ttur=2, dt=[1]))
     assert phased == plain
     assert [losses["global_iter"] for losses in phased] == [2, 4, 6]
     assert equal(generator, other) and equal(fake, other_fake)

@@ -230,10 +230,10 @@ def test_a_tracker_that_does_not_start_ends_the_run_in_one_line(tmp_path, monkey
 
 @pytest.mark.parametrize("name", [None, "tensorboard"])
 def test_only_the_first_rank_reports(monkeypatch, tmp_path, name):
-    monkeypatch.setattr(tracking, "world", lambda: (1, 2))
+    monkeypatch.setattr(tracking, "is_rank_0", lambda: False)
     assert report_of(SimpleNamespace(report_to=name), SimpleNamespace(path=tmp_path),
                      []).tracker is None
-    monkeypatch.setattr(tracking, "world", lambda: (0, 2))
+    monkeypatch.setattr(tracking, "is_rank_0", lambda: True)
     assert report_of(SimpleNamespace(report_to=None), None, []).tracker is None
 
 

@@ -1,6 +1,6 @@
 """An iteration of ADM, timed beside the least it could cost and beside Algorithm 1 as printed.
 
-    python -m tools.bench                       # small networks of each family's structure, minutes
+    python -m tools.bench                       # small networks of three families, minutes
     python -m tools.bench --full                # on a GPU: all of bench_rows.py, ten minutes
     python -m tools.bench --full --pretend      # the same rows without a GPU, simulated
     python -m tools.bench --pretend             # the same on small networks, to try them

@@ -23,7 +23,7 @@ def draws_of(args, teacher, stage, iteration):
     """Yields the Draws of each of this rank's micro-batches. A sample's place in the global batch
     makes its random numbers, whichever rank it is on."""
     teacher.at = f"{stage}, iteration {iteration}"
-    teacher.drawn = []
+    teacher.asked = []
     rank, ranks = sample_ranks(args)
     for m in range(args.accumulate):
         first = (m * ranks + rank) * args.batch_size

@@ -1,5 +1,6 @@
-"""Checkpoints: folders named STAGE-ITERATION with the trained weights, the optimizers' moments and
-the facts of the run. There are no states of random number generators: see training/draws.py."""
+"""Checkpoints: folders named STAGE-NUMBER with the trained weights, the optimizers' moments and the
+facts of the run. The number is the fake score's update, if the stage has one, else the iteration.
+There are no states of random number generators: see training/draws.py."""
 from importlib.metadata import version
 from pathlib import Path
 
@@ -9,19 +10,19 @@ from torch.distributed.tensor import DTensor
 from training.errors import Failure, first_not_finite
 from training.folders import (
     read_folder, read_manifest, remove, same_facts, verify, write_folder)
-from training.ranks import barrier, world
+from training.ranks import barrier, is_rank_0, world
 from training.sharding import on_rank_0, put
 from training.terminal import warn
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "safetensors")
-NUMBER = "[0-9]" * 8            # the iteration in a checkpoint's name
+NUMBER = "[0-9]" * 8            # in a checkpoint's name: global_iter
 KEPT = 2                        # of each stage
 
 
 # ------------------------------------------------------------------------------------------ saving
 
 def save_checkpoint(folder, facts, nets, optimizers):
-    """Write FOLDER/STAGE-ITERATION, then delete all but the newest KEPT of the stage. All ranks
+    """Write FOLDER/STAGE-NUMBER, then delete all but the newest KEPT of the stage. All ranks
     must call it together; rank 0 writes.
 
     facts: of the run, with stage and global_iter.
@@ -30,7 +31,7 @@ def save_checkpoint(folder, facts, nets, optimizers):
     files = {f"{name}.safetensors": dict(net.named_parameters()) for name, net in nets.items()}
     for optimizer in optimizers:
         files[f"optimizer_{optimizer.name}.safetensors"] = moments(optimizer)
-    if world()[0] == 0:
+    if is_rank_0():
         write_checkpoint(Path(folder), facts, files)
     else:
         for tensors in files.values():

@@ -55,6 +55,7 @@ class Draws:
         return to_device(torch.cat(parts), device or self.device)
 
     def shared_integer(self, low, high):
-        """One integer from low to high, both included, the same on every rank: ranks that share
-        weights must run the same number of passes."""
+        """One integer from low to high, both included, the same on every rank and in every
+        micro-batch of an iteration: ranks that share weights must run the same number of passes,
+        and micro-batches stand for more ranks."""
         return torch.randint(low, high + 1, (), generator=self.common).item()

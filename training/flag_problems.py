@@ -135,9 +135,10 @@ def problems_of_method(args):
                      f"one")
     if args.dt is not None and args.method != "dmdx":
         wrong.append(f"{named(args, 'dt')}: only ADM's discriminator has a dt; leave the flag out")
+    if args.cfg_student is not None and args.method not in ("dmdx", "dmd"):
+        wrong.append(f"{named(args, 'cfg_student')}: only ADM and DMD train a student under "
+                     f"guidance; leave the flag out")
     if args.method == "phased_dmd":
-        if args.cfg_student is not None:
-            wrong.append(f"{named(args, 'cfg_student')}: not with Phased DMD")
         if args.stage in ("adp", "adm"):
             wrong.append(f"{named(args, 'stage')}: Phased DMD has no such stage; leave the flag "
                          f"out")

@@ -40,7 +40,8 @@ def add_what(p, families, embedded):
     g.add_argument("--no-t5", action="store_true",
                    help="SD3 without its third text encoder, 4.7 billion parameters")
     g.add_argument("--text-tokens", type=int,
-                   help="T5's, for models that have one (None: their pipeline's, 256 for SD3)")
+                   help="a prompt's, for models with a T5 and Qwen-Image (None: their "
+                   "pipeline's, 256 for SD3)")
     g.add_argument("--height", type=int, help="pixels (None: what the model was made for)")
     g.add_argument("--width", type=int, help="pixels")
 

@@ -96,7 +96,7 @@ def write_folder(path, files, facts, gather=on_host):
     replaces what was there. Raises Failure, naming path and bytes, if it cannot be written.
 
     gather: brings the tensors of a file to the host, one file after the other: a checkpoint of
-    SDXL's is 57 GiB.
+    SDXL's is 38 GiB.
     """
     path = Path(path)
     tmp = Path(f"{path}.tmp")

@@ -1,7 +1,7 @@
 """LoRA adapters that share one frozen base: generator, fake score, real score and the
 discriminator's backbone are then a single copy of the teacher's weights.
 
-The base keeps "at_work" in its __dict__, a list with the name of the adapter at work, or nothing.
+The base keeps `at_work`, a list with the name of the adapter at work, or nothing.
 All its layers with adapters share that one list, so to switch the hundreds of them is to change a
 word.
 """
@@ -18,15 +18,15 @@ from training.sharding import device_of
 
 def at_work(base):
     """The name of the adapter of `base` that works, or None."""
-    names = base.__dict__.get("at_work")
+    names = getattr(base, "at_work", None)
     return names[0] if names else None
 
 
 def switch(base, name):
     """Put one adapter of `base` to work, or none (None). Not by peft's set_adapter: that turns
     requires_grad of all other adapters off, and a backward pass then skips them, silently."""
-    if "at_work" in base.__dict__:
-        base.__dict__["at_work"][:] = [] if name is None else [name]
+    if hasattr(base, "at_work"):
+        base.at_work[:] = [] if name is None else [name]
 
 
 @contextmanager
@@ -91,10 +91,10 @@ class Lora(nn.Module):
         others = [p for p in base.parameters() if p.requires_grad]      # of adapters there already
         base.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian",
                                     target_modules=list(targets)), name)
-        base.__dict__["at_work"] = []
+        base.at_work = []
         for layer in base.modules():
             if isinstance(layer, BaseTunerLayer):       # add_adapter gave each a list of its own
-                layer._active_adapter = base.__dict__["at_work"]
+                layer._active_adapter = base.at_work
                 if isinstance(layer.base_layer, nn.Linear):
                     layer.forward = MethodType(base_and_adapter, layer)
         self.__dict__["base"] = base        # past nn.Module: the base is no part of this module

@@ -28,7 +28,7 @@ def latent_of(family, pipe, net, args):
 
 def schedule_of(family, pipe, latent, args):
     """The family's Schedule. Raises Failure for a scheduler of an unknown kind, or one with fewer
-    times than the run has steps."""
+    times than the run has steps, or than its discriminator looks below."""
     try:
         schedule = family.schedule(pipe, latent)
     except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError, RuntimeError) as e:
@@ -41,6 +41,9 @@ def schedule_of(family, pipe, latent, args):
         if steps > schedule.T:
             raise Failure(f"{whose(args)}: its scheduler has {schedule.T} times, fewer than "
                           f"--{name.replace('_', '-')} {steps}; give fewer")
+    if args.dt is not None and max(args.dt) >= schedule.T:
+        raise Failure(f"{whose(args)}: its scheduler has {schedule.T} times, no more than --dt "
+                      f"{max(args.dt)}; give a smaller one")
     return schedule
 
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from training.draws import stream
 from training.errors import Failure
 from training.lora import Lora, active, at_work, rank_flag
-from training.ranks import world
+from training.ranks import is_rank_0
 from training.sharding import blocks_of, copy_of_shards, local_part, part_like, receive, shard
 
 
@@ -130,17 +130,17 @@ def checkpoint_under_adapter(unit):
 def full_copy(net):
     """A copy of a network with its own weights, without the adapters it may carry. The copy of a
     sharded network is sharded, too, and to be trained."""
-    if "sharded" in net.__dict__:
+    if hasattr(net, "sharded"):
         return copy_of_shards(net)
-    if any("sharded" in unit.__dict__ for unit in net.children()):      # several networks as one
+    if any(hasattr(unit, "sharded") for unit in net.children()):      # several networks as one
         twin = copy(net)
         twin._modules = {name: full_copy(unit) for name, unit in net.named_children()}
         return twin
     twin = deepcopy(net)
     for unit in units_of(twin):
-        if "at_work" in unit.__dict__:
+        if hasattr(unit, "at_work"):
             unit.unload_lora()
-            unit.__dict__.pop("at_work")
+            del unit.at_work
     return twin
 
 
@@ -164,7 +164,7 @@ def place(args, net, fsdp, device):
         for p in net.parameters():      # no buffers: Wan's positions would be off by 0.002
             p.data = p.data.to(torch.bfloat16)
     if fsdp:
-        weights = net.state_dict() if world()[0] == 0 else {}
+        weights = net.state_dict() if is_rank_0() else {}
         receive(shard(net, fsdp, device), weights)
     else:
         net.to(device)

@@ -37,8 +37,8 @@ class Optimizer:
         self.adam = torch.optim.AdamW(self.params, lr, betas=betas, weight_decay=0.0, fused=True)
 
     def step(self):
-        """Average, clip, check and step. Raises NotFinite, on every rank alike, before anything is
-        stepped."""
+        """Average, clip, check and step. Raises NotFinite, on every rank alike, before these
+        parameters are stepped."""
         for p in self.params:
             if p.grad is None:          # of one of two networks, to which no sample went
                 p.grad = torch.zeros_like(p)
@@ -47,8 +47,8 @@ class Optimizer:
             average([p.grad for p in self.params if not isinstance(p, DTensor)])
         norm = whole(torch.nn.utils.clip_grad_norm_(self.params, self.clip or math.inf))
         if not torch.isfinite(norm):
-            raise NotFinite(f"the gradient of the {self.name} is not finite: nothing was stepped "
-                            f"or saved")
+            raise NotFinite(f"the gradient of the {self.name} is not finite: nothing of this "
+                            f"iteration was saved")
         self.adam.param_groups[0]["lr"] = self.rate
         if not self.has_momentum:
             self.lend_gradients()

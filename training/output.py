@@ -7,7 +7,7 @@ from pathlib import Path
 
 from training.errors import Failure
 from training.folders import delete, finish_replacing, read_json
-from training.ranks import barrier, world
+from training.ranks import barrier, is_rank_0
 from training.terminal import warn
 
 # in .lock, by which a directory is known as a run's own
@@ -52,7 +52,7 @@ class Output:
         self.path = Path(path)
         self.lock = None
         self.was_run = False
-        if world()[0] == 0:
+        if is_rank_0():
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._claim(path, resume)
@@ -101,7 +101,7 @@ class Output:
         """Delete what a run left that was killed while it saved, and nothing else; only where a
         run had written before this one came. All ranks must call it together, before any of them
         writes."""
-        if world()[0] == 0 and self.was_run:
+        if is_rank_0() and self.was_run:
             for folder in (".", "prompts", "pairs", "checkpoints"):
                 for leftover in sorted(self.path.glob(f"{folder}/*.tmp")):
                     name = leftover.relative_to(self.path).as_posix()

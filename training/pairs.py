@@ -9,7 +9,7 @@ from training.batches import STREAMS, sample_ranks
 from training.draws import Draws
 from training.errors import Failure, first_not_finite
 from training.folders import open_tensors, write_folder
-from training.ranks import broadcast, world
+from training.ranks import broadcast, is_rank_0, world
 from training.teacher import PER_FILE
 
 
@@ -46,10 +46,10 @@ def collect_pairs(args, out, teacher, stop):
     paths = paths_of(args, out)
     sampler = teacher.sampler(teacher.schedule.stops(args.pair_steps), args.pair_guidance, order=2)
     rounds = range(0, len(paths), ranks)
-    for first in tqdm(rounds, desc="pairs", unit="round", disable=world()[0] > 0):
+    for first in tqdm(rounds, desc="pairs", unit="round", disable=not is_rank_0()):
         numbers = range(first, min(first + ranks, len(paths)))
         there = None
-        if world()[0] == 0:         # a file that others looked for in vain may stay away for them
+        if is_rank_0():         # a file that others looked for in vain may stay away for them
             there = [rows_there(paths[k]) for k in numbers]
         there = broadcast(there)
         short = {k: rows for k, rows in zip(numbers, there) if rows < rows_of(args, k)}

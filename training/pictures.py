@@ -124,10 +124,10 @@ def curves(out):
                                 layout="constrained")
     for name, ax in zip(names, axes[0]):
         for stage in stages:
-            points = [(entry["iteration"], entry[name]) for entry in entries
-                      if entry["stage"] == stage and name in entry]
-            if points:
-                iterations, losses = zip(*points)
+            points = {entry["iteration"]: entry[name] for entry in entries
+                      if entry["stage"] == stage and name in entry}
+            if points:          # those after a killed run's last checkpoint were logged twice
+                iterations, losses = zip(*sorted(points.items()))
                 ax.plot(iterations, losses, lw=0.8, label=stage)
         ax.set(title=name, xlabel="iteration")
         if entries:

@@ -29,6 +29,10 @@ def world():
     return 0, 1
 
 
+def is_rank_0():
+    return world()[0] == 0
+
+
 def number_of_ranks():
     """As the environment says, before the ranks have met. Raises ValueError, with the sentence for
     the user, for what torchrun would not set."""
@@ -109,7 +113,7 @@ def gather_lists(values):
 
 def tell_once(text):
     """One line on rank 0's standard output."""
-    if world()[0] == 0:
+    if is_rank_0():
         tell(text)
 
 
@@ -147,7 +151,7 @@ class StopSignal:
         if number == signal.SIGTERM and time.monotonic() - self.asked_at < ECHO:
             return
         # not by an exception: a library in the middle of a call may turn it into its own
-        if world()[0] == 0:             # torchrun signals all ranks
+        if is_rank_0():             # torchrun signals all ranks
             complain_at_once(f"{Path(sys.argv[0]).name}: {STOPPED_AT_ONCE}")
         os._exit(1)
 

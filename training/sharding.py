@@ -18,11 +18,11 @@ import torch.nn as nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from training.ranks import world
+from training.ranks import is_rank_0, world
 
 
 class Sharded(NamedTuple):
-    """What a sharded network remembers, in its __dict__ under "sharded"."""
+    """What a sharded network remembers, as its attribute `sharded`."""
     skeleton: nn.Module     # the network without weights; a sharded module itself cannot be copied
     arguments: dict         # fully_shard's
     device: torch.device    # where it runs
@@ -93,21 +93,21 @@ def shard(net, arguments, device):
     for tensor in (*outside, *net.buffers()):
         if not tensor.is_meta:
             tensor.data = tensor.data.to(device)
-    net.__dict__["sharded"] = Sharded(skeleton, arguments, device)
+    net.sharded = Sharded(skeleton, arguments, device)
     return net
 
 
 def device_of(net, p):
     """Where a network runs. It need not be where its parameter p is kept: offloaded weights rest on
     the host."""
-    if "sharded" in net.__dict__:
-        return net.__dict__["sharded"].device
+    if hasattr(net, "sharded"):
+        return net.sharded.device
     return p.device
 
 
 def materialise(net):
     """Give the weights of a sharded network that are on the meta device memory, without values."""
-    _, arguments, device = net.__dict__["sharded"]
+    _, arguments, device = net.sharded
     rests_on_host = "offload_policy" in arguments
 
     def with_memory(tensor):
@@ -128,7 +128,7 @@ def receive(net, weights):
     some weights rest on the host and others on the device.
     """
     materialise(net)
-    device = net.__dict__["sharded"].device
+    device = net.sharded.device
     rank, ranks = world()
     for name, kept in net.state_dict().items():
         if rank == 0:
@@ -144,7 +144,7 @@ def receive(net, weights):
 def copy_of_shards(net):
     """A copy of a sharded network, in float32 and sharded as well, to train. Without its adapters,
     if it has any."""
-    skeleton, arguments, device = net.__dict__["sharded"]
+    skeleton, arguments, device = net.sharded
     twin = shard(deepcopy(skeleton).float().requires_grad_(True), arguments, device)
     twin = materialise(twin)
     # buffers, too: those of a checkpoint need not be what its configuration computes (SD3's
@@ -180,7 +180,7 @@ def on_rank_0(tensors):
     host = {}
     for name, tensor in tensors.items():
         tensor = whole(tensor.detach())     # one at a time: all may not fit on the device
-        if world()[0] == 0:
+        if is_rank_0():
             host[name] = tensor.cpu()
     return host
 

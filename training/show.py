@@ -4,8 +4,9 @@ import torch
 from ode import sample
 from phased_dmd import generate
 from training.batches import fixed_noise
+from training.draws import stream
 from training.pictures import contact_sheet, grid
-from training.ranks import world
+from training.ranks import is_rank_0
 
 
 def in_words(steps):
@@ -30,7 +31,9 @@ def prompts_to_show(args, teacher):
         count = args.samples or len(teacher.look_at)
         return n + torch.arange(count) % len(teacher.look_at)
     is_video = teacher.family.medium == "video"
-    return torch.arange(args.samples or (2 if is_video else 8)) * 7 % n
+    count = args.samples or (2 if is_video else 8)
+    shuffled = torch.randperm(n, generator=stream(0))           # neighbours in a file are alike
+    return shuffled[torch.arange(count) % n]
 
 
 def pictures(args, out, teacher):
@@ -51,13 +54,13 @@ def pictures(args, out, teacher):
         rows[f"teacher, {in_words(args.steps)}"] = draw(few)
 
     def show(file, experts, schedule):
-        if world()[0] != 0 and not teacher.ranks_draw_together:
+        if not is_rank_0() and not teacher.ranks_draw_together:
             return None
         if not rows:
             teacher_rows()
         images = draw(student_sampler(args, experts, schedule))
         rows[f"student, {in_words(args.steps)}"] = images
-        if world()[0] == 0:
+        if is_rank_0():
             captions = [teacher.prompt(i) for i in index.tolist()]
             if teacher.family.medium == "image":
                 grid(out.path / file, rows, captions)

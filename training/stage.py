@@ -7,7 +7,7 @@ from tqdm import tqdm
 from training.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
 from training.folders import read_manifest
 from training.pictures import losses_in
-from training.ranks import tell_once, world
+from training.ranks import is_rank_0, tell_once
 from training.tracking import Report
 
 
@@ -67,7 +67,7 @@ def follow(run, stage, losses_of_steps):
         is_last = i == stage.iterations
         is_stopping = run.stop.asked_of_any_rank()
         first.rate = rate_at(args, full_rate, i, stage)
-        if world()[0] == 0:
+        if is_rank_0():
             if bar is None:
                 bar = tqdm(total=stage.iterations, initial=i - 1, desc=stage.name, unit="it",
                            mininterval=1.0)

@@ -14,7 +14,7 @@ from training.loading import load_pipeline
 from training.model_checks import clamp_tokenizers, latent_of, schedule_of
 from training.networks import (
     decode_in_bf16, place, recompute_activations, tensors_to, units_of)
-from training.ranks import barrier, broadcast, world
+from training.ranks import barrier, broadcast, is_rank_0, world
 from training.sharding import fsdp_arguments
 from training.terminal import warn
 
@@ -44,7 +44,7 @@ class Teacher:
     def __init__(self, args, out, prompts, look_at, device, families):
         self.fsdp = fsdp_arguments(args.fsdp, args.cpu_offload, args.bf16, device)
         self.ranks_draw_together = bool(self.fsdp) or args.context_parallel > 1
-        is_hollow = self.fsdp and world()[0] != 0
+        is_hollow = self.fsdp and not is_rank_0()
         pipe = load_pipeline(args, families, hollow="network" if is_hollow else None,
                              dtype=torch.bfloat16 if args.bf16 else torch.float32)
         self.family = families[type(pipe).__name__]
@@ -61,7 +61,8 @@ class Teacher:
         clamp_tokenizers(pipe, args)
         self.line = Schedule.straight(self.schedule.T, self.family.last_timestep).to(device)
         self.constant = tensors_to(device, self.family.constant(pipe, self.latent))
-        self.drawn = []                                         # prompts of this iteration
+        self.at = ""                                            # for the message of an iteration
+        self.asked = []                                         # that fails: its name, its prompts
         self.facts = dict(teacher=self.mark(), prompts=hash_of(prompts), shape=list(self.shape),
                           size=[self.latent.height, self.latent.width],
                           text_tokens=args.text_tokens)
@@ -138,7 +139,7 @@ class Teacher:
 
     def warn_of_long(self, args, pipe):
         """Say once how many prompts the text encoder will cut."""
-        if world()[0] != 0:
+        if not is_rank_0():
             return
         most = self.family.most_tokens
         if args.text_tokens and not args.no_t5:
@@ -158,7 +159,7 @@ class Teacher:
     def cond(self, index):
         """LongTensor [B] of prompts -> the network's conditioning for that batch."""
         index = index.tolist()
-        self.drawn += index                     # what to name, should the iteration fail
+        self.asked += index
         places = [self.place_of(i) for i in index]
         tensors = {}
         for name in places[0][0].keys():

@@ -1,4 +1,4 @@
-"""What a run says. Every message of ours reaches the terminal through `tell`, `warn` or `complain`.
+"""What a run says: its messages reach the terminal through `tell`, `warn` or `complain`.
 
 A terminal can be closed, and a file that stands for it can be on a full disk. What cannot be
 written is then lost, and the run goes on.

@@ -10,7 +10,7 @@ import secrets
 
 from training.errors import Failure, reason_of
 from training.pictures import losses_in
-from training.ranks import world
+from training.ranks import is_rank_0
 from training.terminal import warn
 
 TRACKERS = ("tensorboard", "wandb")
@@ -85,7 +85,7 @@ def report_of(args, out, stages):
 
     Raises Failure where the tracker does not start: nobody is logged in, say.
     """
-    if args.report_to is None or world()[0] != 0:
+    if args.report_to is None or not is_rank_0():
         return Report()
     from accelerate import PartialState
     try:
