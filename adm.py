@@ -165,7 +165,7 @@ def guidance_weight(guidance, draws):
 def step_length(dt, T, draws):
     """None: T/64 as in the paper. Of several, one is drawn."""
     if dt is None:
-        return max(1, round(T / 64))
+        return round(T / 64)
     return dt[draws.shared_integer(0, len(dt) - 1)]
 
 

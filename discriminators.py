@@ -120,7 +120,7 @@ class Taps(nn.Module):
 
     def __init__(self, net, tapped, to_map, prepare=None):
         super().__init__()
-        self.net = net.eval()
+        self.net = net.eval()                   # and frozen: no network that is trained
         for name, p in net.named_parameters():
             is_adapter = "lora_" in name        # a LoRA that shares these weights stays as it is
             p.requires_grad_(is_adapter and p.requires_grad)

@@ -152,7 +152,7 @@ def sample(net, schedule, x, stops, cond, uncond=None, w=None, order=1):
     the step from the last two evaluations (Adams-Bashforth). The clock is the angle atan2(sigma,
     alpha): unlike log-SNR it is finite when clean and at zero terminal SNR. The first step has no
     past and the last has to return x0_hat itself; both are first order. That costs no order where
-    sigma is even near 0 (SD3); on SDXL's and CogVideoX's tables the last jump sets the order.
+    the table's last steps are small (SD3); SDXL's and CogVideoX's are long, and set the order.
     """
     if order == 2:
         angle = torch.atan2(schedule.sigma, schedule.alpha).tolist()    # 0 clean, pi/2 at zero SNR

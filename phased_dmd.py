@@ -22,8 +22,8 @@ x_0 and e, only x_s and eps, and "eps - x_s" is tempting and wrong. Take in thei
     e  <-  (sigma_t / b) eps            x_0  <-  x_s / alpha_s - (a sigma_s^2 / (alpha_s b)) eps
 
 which have the right mean given x_t (two lines of proof: lesson/README.md, chapter 9). A regression
-needs no more than that, and the targets of flow, v and eps networks are all linear in the
-pair, so all take theirs from it. At s = 0 the pair is (x_0, e) itself.
+needs no more than that, and the targets of flow, v and eps networks are all linear in the pair, so
+all take theirs from it. At s = 0 the pair is (x_0, e) itself.
 """
 from typing import NamedTuple
 

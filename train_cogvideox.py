@@ -9,7 +9,8 @@
         --out out/cogvideox --bf16 --grad-checkpointing --lora-rank 64 --lora-rank-fake 64 \\
         --batch-size 1 --lr-generator 1e-5 --lr-fake 1e-4 --lr-discriminator 5e-5
     python train_cogvideox.py --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts prompts.txt \\
-        --out out/wan --method phased_dmd --bf16 --grad-checkpointing --batch-size 1
+        --out out/wan --method phased_dmd --bf16 --grad-checkpointing --batch-size 1 \\
+        --lora-rank-fake 64 --lr-fake 1e-4
     # eight; two ranks share each video's tokens; all weights sharded
     torchrun --nproc-per-node 8 train_cogvideox.py --model THUDM/CogVideoX-5b \\
         --context-parallel 2 ...

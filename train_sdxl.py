@@ -76,9 +76,9 @@ def run_adp(run, generator, ema, facts):
         Optimizer("generator", generator.parameters(), args.lr_generator_adp, args.clip),
         Optimizer("latent heads", D_1.heads.parameters(), args.lr_discriminator, args.clip),
         Optimizer("pixel heads", D_2.heads.parameters(), args.lr_discriminator, args.clip))
-    stage = Stage("adp", args.iterations_adp, ema,
-                  dict(heads=D_1.heads, pixel_heads=D_2.heads), optimizers, facts,
-                  [Expert(ema.net, teacher.line.stops(1))], teacher.line)
+    stage = Stage("adp", args.iterations_adp, ema, optimizers, facts,
+                  networks=dict(heads=D_1.heads, pixel_heads=D_2.heads),
+                  experts=[Expert(ema.net, teacher.line.stops(1))], schedule=teacher.line)
     iteration, _ = begin(run, stage)
     losses = adp(generator, D_1, D_2, decode, optimizers, teacher.schedule,
                  teacher.line, batches, args.iterations_adp, iteration, args.lambdas)
@@ -90,8 +90,8 @@ def run_reflow(run, generator, ema, facts):
     args, teacher = run.args, run.teacher
     batches = pair_batches(args, teacher, "reflow", load_pairs(args, run.out, teacher))
     optimizer = Optimizer("generator", generator.parameters(), args.lr_generator_adp, args.clip)
-    stage = Stage("reflow", args.iterations_adp, ema, {}, (optimizer,), facts,
-                  [Expert(ema.net, teacher.line.stops(1))], teacher.line)
+    stage = Stage("reflow", args.iterations_adp, ema, (optimizer,), facts, networks={},
+                  experts=[Expert(ema.net, teacher.line.stops(1))], schedule=teacher.line)
     iteration, _ = begin(run, stage)
     losses = reflow(generator, optimizer, teacher.line, batches, args.iterations_adp, iteration)
     return follow(run, stage, losses)
@@ -118,9 +118,9 @@ def run_adm(run, generator, ema, schedule, facts):
     stops = schedule.stops(args.steps)
     facts = dict(facts, method=args.method, dt=args.dt, warm_heads=args.warm_heads,
                  cfg_student=args.cfg_student)
-    stage = Stage("adm", args.iterations_adm, ema, dict(fake_score=fake_score, **heads),
-                  tuple(filter(None, optimizers)), facts, [Expert(ema.net, stops)], schedule,
-                  args.warm_up)
+    stage = Stage("adm", args.iterations_adm, ema, tuple(filter(None, optimizers)), facts,
+                  networks=dict(fake_score=fake_score, **heads),
+                  experts=[Expert(ema.net, stops)], schedule=schedule, warm_up=args.warm_up)
     begun = begin(run, stage)
     scores = Scores(fake_score, teacher.net, teacher.schedule)
     losses = adm(generator, scores, discriminator, optimizers, schedule, stops, args.guidance,
@@ -203,8 +203,9 @@ def run_phase(run, k, earlier, expert, ema, facts):
         Optimizer("generator", expert.net.parameters(), args.lr_generator, args.clip, betas),
         Optimizer("fake score", fake_score.parameters(), args.lr_fake, args.clip, betas))
     to_the_end = Expert(ema.net, [*expert.stops[:-1], 0])       # in pictures it jumps to 0 at last
-    stage = Stage(f"phase{k}", args.iterations_phase, ema, dict(fake_score=fake_score), optimizers,
-                  facts, [*earlier, to_the_end], teacher.schedule)
+    stage = Stage(f"phase{k}", args.iterations_phase, ema, optimizers, facts,
+                  networks=dict(fake_score=fake_score), experts=[*earlier, to_the_end],
+                  schedule=teacher.schedule)
     begun = begin(run, stage)
     losses = phased_dmd([*earlier, expert], Scores(fake_score, teacher.net, teacher.schedule),
                         optimizers, args.guidance, prompt_batches(args, teacher, stage.name),

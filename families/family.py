@@ -44,12 +44,14 @@ class Family:
     network: str            # the pipeline's component that is distilled: "unet", "transformer"
 
     # (pipe, prompts, latent, device, **text) -> (cond, uncond): the network's keyword arguments for
-    # these prompts and for the empty one, batch first. text: max_sequence_length, if asked for;
-    # empty=False: None may stand for the second, since it costs as much as the first
+    # these prompts and for the empty one: tensors or dicts of them, batch first, one length for all
+    # prompts. text: max_sequence_length, if asked for; empty=False: None may stand for the second,
+    # since it costs as much as the first
     encode: Callable
     # (pipe, net, args) -> Latent, from --height, --width, --frames or what the model was made for
     latent: Callable
-    # (vae, x0, latent) -> images [B,3,H,W] or videos [B,3,F,H,W] in [-1,1], with gradient
+    # (vae, x0, latent) -> images [B,3,H,W] or videos [B,3,F,H,W] in [-1,1], with gradient. x0: as
+    # the pipeline carries it from step to step
     decode: Callable
     # (scheduler, straight, stops) -> (the stock scheduler that does to a student what the trainer
     # did, the arguments its pipeline is called with). straight: it is a student of ADP's line
@@ -66,7 +68,8 @@ class Family:
     second_network: str = None
     # tokens of a prompt that the pipeline reads at most, where its tokenizer does not say it
     most_tokens: int = 512
-    # what the network is told at the noisy end of ADP's line; None: no ADP for this family
+    # what the network is told at the noisy end of ADP's line, T - 1 or T in timesteps; None: no ADP
+    # for this family
     last_timestep: int = None
     # config of the network -> {flag: value}, the paper's values where they are not SDXL's
     defaults: Callable = no_defaults
@@ -74,7 +77,8 @@ class Family:
     always: dict = None
     # args -> [sentence, ...], what is wrong with these flags
     problems: Callable = nothing_wrong
-    # (pipe, latent) -> the conditioning that is the same for every sample
+    # (pipe, latent) -> the conditioning that is the same for every sample. Guidance joins tensors
+    # along their first dimension: one that has no batch goes into a tuple or a list
     constant: Callable = no_constant
     # (pipe, latent) -> Schedule
     schedule: Callable = schedule_of_pipeline
@@ -83,7 +87,7 @@ class Family:
     join: Callable = None
     # (net, ranks): make the network share each sample's tokens among so many ranks
     context_parallel: Callable = None
-    # arguments that the exported pipeline is called with where it takes no guidance_scale
+    # arguments that the exported pipeline is called with in the place of guidance_scale=0
     unguided: dict = None
 
     def net_of(self, pipe):

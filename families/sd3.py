@@ -65,5 +65,6 @@ FAMILY = Family(
     lora_layers=(*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
                  "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     last_timestep=1000,
+    most_tokens=256,
     defaults=defaults,
 )

@@ -4,7 +4,7 @@
     python -m lesson.adm --dt 16                # D looks 16 times below t: the paper's T/64
     python -m lesson.adm --scale 0.01           # a hundredth of all iterations: does it run?
 
-Seed 0; seconds are the processor's, of one thread, and include ADP's; 250 in all for who waits:
+Seed 0. Seconds are the processor's, of one thread, and include ADP's; the whole takes 250:
 
                                 cell    page      tv  diversity      seconds
     teacher, 10 steps          0.997   0.970   0.030      0.841
@@ -51,8 +51,8 @@ LABELS = {
 COLUMNS = ("cell", "page", "tv", "diversity", "seconds")
 SHOWN = (2, 3)                  # rows and columns of pages in the picture
 
-# Half the iterations of lesson.tables, to take five minutes, and ADP with the weights of row A3:
-# with the paper's it needs more of them to be ahead of A1 (docs/notebook.md).
+# About half the iterations of lesson.tables, to take five minutes, and ADP with the weights of row
+# A3: with the paper's it needs more of them to be ahead of A1 (docs/notebook.md).
 SHORT = replace(Setting(), pairs=1024, iterations_a1=660, iterations_adp=660, iterations_adm=220,
                 iterations_without_adp=120, lambda_1=0.7)
 

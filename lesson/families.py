@@ -51,6 +51,7 @@ FAMILIES = {
 }
 LABELS = dict(adm="ADM", adm_2="ADM", adm_8="ADM", adm_cfg="ADM w/ CFG", dmd="DMD", dmd_2="DMD",
               phased="Phased DMD")
+LABELS_AFTER_ADP = dict(adm="DMDX", dmd="ADP, DMD")     # of students of one step
 
 
 def folder_of(out, family, row):
@@ -100,7 +101,10 @@ def rows_of(out, name):
                 rows[f"unguided_{steps}"] = entry("teacher, unguided", steps, steps,
                                                   found["unguided"])
         evaluations = steps if flags["cfg_student"] is None else 2 * steps
-        rows[row] = entry(LABELS[row], steps, evaluations, found["student"], found["seconds"])
+        label = LABELS[row]
+        if steps == 1 and stage == "adm":
+            label = LABELS_AFTER_ADP[row]
+        rows[row] = entry(label, steps, evaluations, found["student"], found["seconds"])
     return rows
 
 

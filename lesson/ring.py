@@ -154,9 +154,7 @@ def parse():
     args = p.parse_args()
     if args.dt is not None:
         if min(args.dt) < 1 or max(args.dt) >= LINE.T:
-            p.error(f"--dt {args.dt}: must be in 1 to {LINE.T - 1}")
-        if len(args.dt) == 1:
-            args.dt = args.dt[0]
+            p.error(f"--dt {' '.join(map(str, args.dt))}: must be in 1 to {LINE.T - 1}")
     return args
 
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from adm import Scores, adm, adp, reflow
-from discriminators import Discriminator
+from discriminators import HINGE, AdversarialLoss, Discriminator, hinge_generator
 from lesson.glyphs import (SCHEDULE, SHAPE, generated, latent_discriminator, measure, no_prompt,
                            pixel_discriminator)
 from phased_dmd import Expert, cut_into_phases, phased_dmd
@@ -22,6 +23,17 @@ ONE_STEP = SCHEDULE.stops(1)
 FOUR_STEPS = SCHEDULE.stops(4)
 A1, ADP, ADM, PHASED = range(4)                 # stages: each has random numbers of its own
 WATCHED = 6                                     # how often ADM and DMD are measured on their way
+
+
+def paired_hinge(d_fake, d_real):
+    """max(0, 1 - (D(x_real) - D(x_fake))): which of the two is real? 1 when D cannot tell. Its
+    gradient is Eq. 8's while |D| and the difference are below 1. Eq. 8 learns no more from a sample
+    once D passes a margin, even for what x_fake and x_real share; this, once they are told apart.
+    """
+    return F.relu(1 - (d_real - d_fake)).mean()
+
+
+PAIRED_HINGE = AdversarialLoss(hinge_generator, paired_hinge)
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,7 @@ class Setting:
     lambda_1: float = 0.85      # weight of ADP's D_1; D_2 has the rest
     dt: int = round(SCHEDULE.T / 6)
     warm_heads: bool = True     # ADM after ADP starts from the heads of ADP's D_1
+    paired: bool = False        # ADM's critic is asked which of x_fake and x_real is real
     backbone: str = "reader"    # of the pixel discriminator
     ema: float = 0.98
 
@@ -162,7 +175,7 @@ def train_a1(given):
 
 
 def train_adp(given, **changed):
-    """changed: fields of the setting that are others here."""
+    """changed: fields of the setting that differ in this row."""
     setting = replace(given.setting, **changed)
     torch.manual_seed(given.seed)               # of the heads
     net = trainable_copy(given.teacher)
@@ -201,7 +214,8 @@ def train_matching(given, judge, after=None, ttur=1):
         optimizers[2] = optimizer_of(discriminator.heads, setting.critic_ratio * rate)
     losses = adm(net, Scores(fake, given.teacher, SCHEDULE), discriminator, optimizers=optimizers,
                  student_schedule=SCHEDULE, stops=ONE_STEP, guidance=(1.0, 1.0),
-                 batches=noise_batches(given, ADM, batch), iterations=iterations, ttur=ttur, dt=dt)
+                 batches=noise_batches(given, ADM, batch), iterations=iterations, ttur=ttur, dt=dt,
+                 loss=PAIRED_HINGE if setting.paired else HINGE)
     average, log, seconds = averaged(net, optimizers[0], iterations, losses, setting, WATCHED)
     seconds += after.seconds if after is not None else 0
     return Student([Expert(average, ONE_STEP)], None, log, seconds)

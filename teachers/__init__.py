@@ -1,2 +1,2 @@
-"""The trained weights that ship, the worlds they draw, and the scripts that trained them. Those of
-the glyphs' teacher are in lesson/."""
+"""The trained weights that ship, the worlds they draw, and the scripts that trained them. The
+glyphs' world and training script are in lesson/."""

@@ -192,7 +192,7 @@ def test_the_cure_of_a_diverged_run(tmp_path):
 
 def test_the_generator_rests_in_a_warm_up():
     """Its rate in each iteration; with --decay the line to zero starts after the warm-up."""
-    stage = Stage("adm", 10, None, {}, (), {}, [], None, warm_up=4)
+    stage = Stage("adm", 10, None, (), {}, {}, [], None, warm_up=4)
     constant = [rate_at(SimpleNamespace(decay=False), 2.0, i, stage) for i in range(10)]
     falling = [rate_at(SimpleNamespace(decay=True), 2.0, i, stage) for i in range(11)]
     assert constant == [0.0] * 4 + [2.0] * 6

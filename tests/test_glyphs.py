@@ -1,4 +1,4 @@
-"""Pages of glyphs: the reader, and lesson.adm, tables, dt and collapse at tiny settings."""
+"""Pages of glyphs: the reader, and lesson.adm, tables, dt, paired and collapse, tiny."""
 import json
 import sys
 
@@ -9,6 +9,7 @@ import lesson.adm
 import lesson.chapters
 import lesson.collapse
 import lesson.dt
+import lesson.paired
 import lesson.scores
 import lesson.tables
 from lesson.glyphs import (CELLS, GLYPHS, SHAPE, SHARES, Encoder, measure, pages,
@@ -126,6 +127,15 @@ def test_tables_dt_and_collapse_share_students(monkeypatch, tmp_path, capsys):
     assert "seed0" not in capsys.readouterr().out, "finished students are kept"
     for name in ("score", "guidance", "regression", "steps"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+def test_paired_writes_its_table(monkeypatch, tmp_path, capsys):
+    """A paired critic that cannot tell is at one, the paper's at two."""
+    monkeypatch.setattr(lesson.paired, "WEIGHTS", (0.7,))
+    call(lesson.paired, monkeypatch, "--out", tmp_path, "--seeds", "0")
+    figures = json.loads((tmp_path / "paired.json").read_text())
+    assert figures["0.7"]["B4"]["hinge"][0] > 1.5 > figures["0.7"]["B4-paired"]["hinge"][0]
+    assert lesson.paired.table(figures) in capsys.readouterr().out
 
 
 def test_dmd_draws_its_times_from_a_64th_whatever_the_critics_step_is(monkeypatch):

@@ -4,17 +4,20 @@ import json
 import os
 
 import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors import safe_open
 
 import pipelines
 from cli import ROOT, Run, stock_difference, succeeded
+from lesson.glyphs import SHAPE, no_prompt, unet
 from lesson.runs import HACKS, patched
 from sdxl import QUICK, command
 from teachers.shapes import CAPTIONS
 from training.errors import Failure
 
 RING = ["-m", "lesson.ring", "--iterations", "3", "--batch-size", "16", "--samples", "2000",
-        "--out"]
+        "--dt", "64", "--out"]
 
 
 def changed_copy(tmp_path, diff):
@@ -113,3 +116,18 @@ def test_new_family(hacked, tmp_path):
            "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "out", *QUICK,
            "--stage", "adm", "--steps", "2")
     assert stock_difference(tmp_path / "out", prompts) < 1e-4
+
+
+def test_the_method_in_a_trainer_of_ones_own():
+    """The lesson's last example, as it stands but for its length."""
+    page = (ROOT / "lesson" / "README.md").read_text(encoding="utf-8")
+    example = page.split("## The method in your own trainer")[1].split("```")[1]
+    example = example.removeprefix("python\n").replace("iterations=1000", "iterations=2")
+    torch.manual_seed(0)
+    given = dict(teacher=unet(), scheduler=FlowMatchEulerDiscreteScheduler(), shape=SHAPE,
+                 cond=no_prompt(4), uncond=no_prompt(4))
+    before = [p.clone() for p in given["teacher"].parameters()]
+    exec(example, given)
+    assert given["losses"]["iteration"] == 2 and given["losses"]["discriminator"] > 0
+    assert all(map(torch.equal, before, given["teacher"].parameters()))
+    assert not all(map(torch.equal, before, given["generator"].parameters()))

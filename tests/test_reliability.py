@@ -693,6 +693,7 @@ def test_20_bad_flags_are_reported_at_once(small, tmp_path, monkeypatch):
     failed(run("--dt", "0"), 2, "--dt 0: must be in 1 to 999")
     failed(run("--dt", "16", "5000"), 2, "--dt 16 5000: must be in 1 to 999")
     failed(run("--dt", "5", "--method", "dmd"), 2, "--dt 5", "leave the flag out")
+    failed(run("--cfg-student", "3", "--method", "adp"), 2, "--cfg-student 3.0: only ADM and DMD")
     failed(run("--lr-fake", "abc", "--steps", "-3"), 2, "--lr-fake: invalid float value: 'abc'")
     assert not (tmp_path / "out").exists()
 

@@ -170,7 +170,7 @@ def test_a_resumed_stage_goes_on_at_its_place_on_the_line(run_of, tmp_path):
     ema = SimpleNamespace(update=lambda: None, networks=lambda: dict(generator=net))
     args = SimpleNamespace(decay=True, save_every=100, sample_every=100)
     run = Run(args, Output(tmp_path / "alone", None), None, NEVER, ["adm"], None, None, no_picture)
-    stage = Stage("adm", 10, ema, {}, (optimizer,), {}, [], None)
+    stage = Stage("adm", 10, ema, (optimizer,), {}, {}, [], None)
     run.done[stage.name] = 7
     assert follow(run, stage, steps(7))
     assert optimizer.rates == pytest.approx([0.5 * 0.3, 0.5 * 0.2, 0.5 * 0.1])

@@ -69,7 +69,7 @@ def drive(folder, report, start, end, sample_every=100):
     args = SimpleNamespace(decay=False, save_every=100, sample_every=sample_every)
     run = stage.Run(args, out, None, NEVER, ["adm"], None, None, show, report=report)
     ema = SimpleNamespace(update=lambda: None, networks=lambda: dict(generator=net))
-    one = stage.Stage("adm", 40, ema, {}, (SimpleNamespace(rate=1.0),), {}, [], None)
+    one = stage.Stage("adm", 40, ema, (SimpleNamespace(rate=1.0),), {}, {}, [], None)
     run.done[one.name] = start
     stage.follow(run, one, losses())
     out.lock.close()

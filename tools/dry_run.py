@@ -24,7 +24,7 @@ from tools.passes import (
     FAKE_LEARNS, GENERATOR_LEARNS, THROUGH_FAKE, THROUGH_TAPS, blank_prompt, work_and_activations)
 from training.heads import heads_for
 from training.model_checks import latent_of
-from training.networks import tensors_to
+from training.networks import tensors_to, units_of
 from training.sharding import blocks_of
 from training.terminal import tell, warn
 
@@ -150,11 +150,9 @@ class Costs(NamedTuple):
 
 
 def costs(args, pipe, family, latent, ranks):
-    networks = 1
-    if getattr(pipe, "transformer_2", None) is not None:    # Wan 2.2 has two
-        networks = 2
+    units = units_of(family.net_of(pipe))                   # Wan 2.2 has two networks
     dtype = torch.bfloat16 if args.bf16 else torch.float32
-    net = getattr(pipe, family.network)
+    net = units[-1]
     constant = tensors_to("meta", family.constant(pipe, latent))
     net = net.to("meta", dtype).requires_grad_(False)       # buffers as well
     n = args.batch_size
@@ -169,10 +167,12 @@ def costs(args, pipe, family, latent, ranks):
                       **conditioning(1, torch.float32)).to("meta", dtype)
     discriminator = Discriminator(family.taps(net), heads)
 
-    rows, outside = memory_rows(args, pipe, net, heads, family, networks,
+    rows, outside = memory_rows(args, pipe, net, heads, family, len(units),
                                 shards=ranks if args.fsdp else 1)
-    work, kept = work_and_activations(net, discriminator, x, t, conditioning(n, dtype),
-                                      args.grad_checkpointing)
+    prompt = conditioning(n, dtype)
+    is_guided = set(args.guidance) != {1}
+    work, kept = work_and_activations(net, discriminator, x, t, prompt,
+                                      prompt if is_guided else None, args.grad_checkpointing)
     held, offloaded = rest_on(rows, args.cpu_offload,
                               pinned_over_plain(net, ranks if args.fsdp else 1))
     if args.cpu_offload:
@@ -270,7 +270,7 @@ def report(args, pipe, family):
     pipe: the pipeline, all of its weights on the meta device. family: its Family.
     """
     ranks = args.dry_run
-    latent = latent_of(family, pipe, getattr(pipe, family.network), args)
+    latent = latent_of(family, pipe, family.net_of(pipe), args)
     found = costs(args, pipe, family, latent, ranks)
     shape = " x ".join(map(str, latent.shape))
     plural = "s" if ranks > 1 else ""

@@ -39,7 +39,7 @@ SAMPLES = "G samples for f"
 FAKE_LEARNS = "f learns"
 GENERATOR_LEARNS = "G, forward and backward"
 THROUGH_FAKE = "f, gradient of its input"
-GUIDED_TEACHER = "F with guidance"
+TEACHER = "F, with its guidance"
 THROUGH_TAPS = "taps of x_fake, with gradient"
 TAPS_OF_REAL = "taps of x_real"
 HEADS = "heads"
@@ -53,14 +53,14 @@ def start_of_graph(x):
     return x.detach().requires_grad_().view_as(x)
 
 
-def passes(generator, fake_score, real_score, discriminator, x, t, cond, uncond):
+def passes(generator, fake_score, real_score, discriminator, x, t, cond, uncond=None):
     """The network passes of one iteration of ADM at one step and TTUR 1, in the order of adm.adm ->
     {name: function that does this pass alone}.
 
-    x [B,...], t [B] timesteps. What two passes share is in neither; no optimizer and no noise.
+    x [B,...], t [B] timesteps. uncond: None where the real score is not guided. What two passes
+    share is in neither; no optimizer and no noise.
     """
     taps, heads = discriminator
-    both_prompts = join_batches(uncond, cond)
 
     def output(net, x):
         return net(x, timestep=t, **cond, return_dict=False)[0]
@@ -80,7 +80,11 @@ def passes(generator, fake_score, real_score, discriminator, x, t, cond, uncond)
             torch.autograd.grad(out, start, torch.ones_like(out))
 
     @torch.no_grad()
-    def guided_real_score():
+    def real_score_says():
+        if uncond is None:
+            output(real_score, x)
+            return
+        both_prompts = join_batches(uncond, cond)
         real_score(torch.cat([x, x]), timestep=torch.cat([t, t]), **both_prompts, return_dict=False)
 
     def input_gradient_of_taps():
@@ -102,7 +106,7 @@ def passes(generator, fake_score, real_score, discriminator, x, t, cond, uncond)
 
     return {SAMPLES: generator_samples, FAKE_LEARNS: partial(learn, fake_score),
             GENERATOR_LEARNS: partial(learn, generator),
-            THROUGH_FAKE: input_gradient_of_fake_score, GUIDED_TEACHER: guided_real_score,
+            THROUGH_FAKE: input_gradient_of_fake_score, TEACHER: real_score_says,
             THROUGH_TAPS: input_gradient_of_taps, TAPS_OF_REAL: features,
             HEADS: heads_for_both_updates}
 
@@ -172,12 +176,12 @@ def saved_bytes(function, net, recompute):
     return totals[-1] + bytes_in(inputs.values()) + max(totals[:-1], default=0)
 
 
-def work_and_activations(net, discriminator, x, t, cond, recompute):
+def work_and_activations(net, discriminator, x, t, cond, uncond, recompute):
     """Of an ADM iteration of one step, a micro-batch: ({pass: operations}, {each of KEEP: bytes it
     keeps for its backward})."""
     work, kept = {}, {}
     each = passes(generator=net, fake_score=net, real_score=net, discriminator=discriminator,
-                  x=x, t=t, cond=cond, uncond=cond)
+                  x=x, t=t, cond=cond, uncond=uncond)
     for name, function in each.items():
         net.requires_grad_(name in TRAIN)
         with FlopCounterMode(display=False) as counter:

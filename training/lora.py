@@ -1,9 +1,8 @@
 """LoRA adapters that share one frozen base: generator, fake score, real score and the
 discriminator's backbone are then a single copy of the teacher's weights.
 
-The base keeps `at_work`, a list with the name of the adapter at work, or nothing.
-All its layers with adapters share that one list, so to switch the hundreds of them is to change a
-word.
+The base keeps `at_work`, a list with the name of the adapter at work, or nothing. All its layers
+with adapters share that one list, so to switch the hundreds of them is to change a word.
 """
 import warnings
 from contextlib import contextmanager

@@ -28,7 +28,7 @@ def latent_of(family, pipe, net, args):
 
 def schedule_of(family, pipe, latent, args):
     """The family's Schedule. Raises Failure for a scheduler of an unknown kind, or one with fewer
-    times than the run has steps, or than its discriminator looks below."""
+    times than the run has steps, or no more than --dt."""
     try:
         schedule = family.schedule(pipe, latent)
     except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError, RuntimeError) as e:

@@ -132,7 +132,7 @@ def full_copy(net):
     sharded network is sharded, too, and to be trained."""
     if hasattr(net, "sharded"):
         return copy_of_shards(net)
-    if any(hasattr(unit, "sharded") for unit in net.children()):      # several networks as one
+    if any(hasattr(unit, "sharded") for unit in net.children()):        # several networks as one
         twin = copy(net)
         twin._modules = {name: full_copy(unit) for name, unit in net.named_children()}
         return twin

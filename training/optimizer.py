@@ -39,6 +39,8 @@ class Optimizer:
     def step(self):
         """Average, clip, check and step. Raises NotFinite, on every rank alike, before these
         parameters are stepped."""
+        if all(p.grad is None for p in self.params):
+            raise RuntimeError(f"no gradient has reached the {self.name}")
         for p in self.params:
             if p.grad is None:          # of one of two networks, to which no sample went
                 p.grad = torch.zeros_like(p)

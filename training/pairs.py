@@ -49,7 +49,7 @@ def collect_pairs(args, out, teacher, stop):
     for first in tqdm(rounds, desc="pairs", unit="round", disable=not is_rank_0()):
         numbers = range(first, min(first + ranks, len(paths)))
         there = None
-        if is_rank_0():         # a file that others looked for in vain may stay away for them
+        if is_rank_0():             # a file that others looked for in vain may stay away for them
             there = [rows_there(paths[k]) for k in numbers]
         there = broadcast(there)
         short = {k: rows for k, rows in zip(numbers, there) if rows < rows_of(args, k)}

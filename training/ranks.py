@@ -151,7 +151,7 @@ class StopSignal:
         if number == signal.SIGTERM and time.monotonic() - self.asked_at < ECHO:
             return
         # not by an exception: a library in the middle of a call may turn it into its own
-        if is_rank_0():             # torchrun signals all ranks
+        if is_rank_0():                 # torchrun signals all ranks
             complain_at_once(f"{Path(sys.argv[0]).name}: {STOPPED_AT_ONCE}")
         os._exit(1)
 

@@ -32,9 +32,9 @@ class Stage:
     name: str
     iterations: int
     ema: object             # optimizer.EMA of the generator
-    networks: dict          # name -> network besides the generator's
     optimizers: tuple       # the generator's first
     facts: dict             # what a checkpoint must agree in
+    networks: dict          # name -> network besides the generator's
     experts: list           # [Expert, ...] that draw a sample
     schedule: object        # theirs
     warm_up: int = 0        # first iterations, in which the generator rests

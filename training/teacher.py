@@ -61,8 +61,9 @@ class Teacher:
         clamp_tokenizers(pipe, args)
         self.line = Schedule.straight(self.schedule.T, self.family.last_timestep).to(device)
         self.constant = tensors_to(device, self.family.constant(pipe, self.latent))
-        self.at = ""                                            # for the message of an iteration
-        self.asked = []                                         # that fails: its name, its prompts
+        # for the message of an iteration that fails: its name, its prompts
+        self.at = ""
+        self.asked = []
         self.facts = dict(teacher=self.mark(), prompts=hash_of(prompts), shape=list(self.shape),
                           size=[self.latent.height, self.latent.width],
                           text_tokens=args.text_tokens)
@@ -144,9 +145,12 @@ class Teacher:
         most = self.family.most_tokens
         if args.text_tokens and not args.no_t5:
             most = args.text_tokens
-        limit = min(pipe.tokenizer.model_max_length, most)
+        tokenizer = pipe.tokenizer
+        if getattr(pipe, "tokenizer_3", None) is not None:      # SD3's T5, which reads further
+            tokenizer = pipe.tokenizer_3
+        limit = min(tokenizer.model_max_length, most)
         prompts = self.prompts + self.look_at
-        long = sum(len(pipe.tokenizer(prompt).input_ids) > limit for prompt in prompts)
+        long = sum(len(tokenizer(prompt).input_ids) > limit for prompt in prompts)
         if long:
             warn(f"{long} of {len(prompts)} prompts are longer than {limit} tokens and are cut "
                  f"there")
@@ -192,6 +196,9 @@ class Teacher:
     def sampler(self, stops, w, order=1):
         """The teacher's own, under guidance of weight w (None: without): sampler(x_T, cond, uncond)
         -> x_0."""
+        if w == 1:                                              # the same, at half the cost
+            w = None
+
         def run(x, cond, uncond):
             return sample(self.net, self.schedule, x, stops, cond, uncond, w, order)
         return run
