@@ -1,6 +1,6 @@
 """A critic that is asked which of two samples is real, beside the paper's, asked about each.
 
-    python -m lesson.paired                     # three seeds; two processes
+    python -m lesson.paired                     # three seeds, an hour; two processes
     python -m lesson.paired --scale 0.01 --out out/quick        # does it run?
 
 x_fake and x_real start from one x_t and differ by dt times the difference of the two scores. The

@@ -303,7 +303,7 @@ def test_a_checkpoint_is_gathered_file_by_file(tmp_path, monkeypatch):
 def teacher_of(pipe, tmp_path, monkeypatch, **more):
     args = dict(bf16=False, grad_checkpointing=False, compile=None, fsdp=False, cpu_offload=False,
                 context_parallel=1, text_tokens=7, no_t5=False, height=None, width=None,
-                frames=None, model="here", steps=1, pair_steps=1)
+                frames=None, model="here", steps=1, pair_steps=1, dt=None)
     monkeypatch.setattr(training.teacher, "load_pipeline", lambda *a, **k: pipe)
     return training.teacher.Teacher(
         SimpleNamespace(**dict(args, **more)), SimpleNamespace(path=tmp_path), ["a dog", "a cat"],

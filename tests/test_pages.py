@@ -108,7 +108,8 @@ def test_the_readme_is_a_page_that_gets_read():
 
 
 @pytest.mark.parametrize("script, file", [
-    ("tables", "glyphs"), ("dt", "dt"), ("scores", "scores"), ("families", "families")])
+    ("tables", "glyphs"), ("dt", "dt"), ("paired", "paired"), ("scores", "scores"),
+    ("families", "families")])
 def test_the_tables_printed_are_those_that_ship(script, file):
     """Every line of the table that the script makes of the figures in lesson/results/."""
     figures = json.loads((ROOT / "lesson" / "results" / f"{file}.json").read_text())

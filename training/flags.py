@@ -81,8 +81,8 @@ def add_optimisation(p):
                    "rank)")
     g.add_argument("--lr-generator-adp", type=float, default=1e-6, help="paper: 1e-6 (B.5)")
     g.add_argument("--lr-generator", type=float, default=1e-7, help="in ADM; paper: SDXL 1e-7, "
-                   "SD3-Medium 1e-6, SD3.5-Large 1e-8, CogVideoX 1e-7 (B.5); Phased DMD's LoRA "
-                   "5e-5")
+                   "SD3-Medium 1e-6, SD3.5-Large 1e-8, CogVideoX 1e-7 (B.5); Phased DMD 5e-5, by "
+                   "LoRA")
     g.add_argument("--lr-fake", type=float, default=1e-6,
                    help="of all weights; a LoRA wants more. Paper: 1e-6 (B.5); Phased DMD 4e-7")
     g.add_argument("--lr-discriminator", type=float, default=5e-6, help="paper: 5e-6 (B.5)")
