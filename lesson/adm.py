@@ -4,7 +4,7 @@
     python -m lesson.adm --dt 16                # D looks 16 times below t: the paper's T/64
     python -m lesson.adm --scale 0.01           # a hundredth of all iterations: does it run?
 
-Seed 0. Seconds are the processor's, of one thread, and include ADP's; the whole takes 250:
+Seed 0. Seconds are the processor's, of one thread, with ADP's; the whole takes 250 to 290:
 
                                 cell    page      tv  diversity      seconds
     teacher, 10 steps          0.997   0.970   0.030      0.841
