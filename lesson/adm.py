@@ -132,8 +132,8 @@ def main():
     result = {name: dict(measure(x), seconds=0.0) for name, x in pages_of.items()}
     for name, path in students.items():
         pages_of[name] = student_pages(load_student(path), SHOWN[0] * SHOWN[1])
-        facts = facts_of(path)
-        result[name] = dict(facts["measured"], seconds=facts["seconds"])
+        kept = facts_of(path)
+        result[name] = dict(kept["measured"], seconds=kept["seconds"])
     print_table(result)
     save_picture(args.out / "adm.png", pages_of, result)
     facts = dict(seconds=time.time() - began, true_shares=SHARES.tolist(), **result)

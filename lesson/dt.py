@@ -20,7 +20,7 @@ import torch
 from lesson.glyphs import SCHEDULE, SHARES
 from lesson.rows import PAIRS, Job, add_run_flags, facts_of, name_of, parse_with_results, run_jobs
 from lesson.students import Setting
-from lesson.tables import cell, smoothed, values_of
+from lesson.tables import cells_of, smoothed, values_of
 from training.errors import run_main
 from training.pictures import pyplot
 from training.scripts import parser_for, zero_or_more
@@ -74,8 +74,7 @@ def table(figures):
     lines = ["| | dt | " + " | ".join(COLUMNS) + " |", "|---" * 6 + "|"]
     for row, of_row in figures.items():
         for dt, of_dt in of_row.items():
-            cells = " | ".join(cell(of_dt[column], 3) for column in COLUMNS)
-            lines.append(f"| {LABELS[row]} | {dt} | {cells} |")
+            lines.append(f"| {LABELS[row]} | {dt} | {cells_of(of_dt, COLUMNS)} |")
     return "\n".join(lines)
 
 

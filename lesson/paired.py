@@ -19,7 +19,7 @@ import torch
 from lesson.dt import dt_of, last_quarter
 from lesson.rows import PAIRS, Job, add_run_flags, facts_of, name_of, parse_with_results, run_jobs
 from lesson.students import Setting
-from lesson.tables import cell, values_of
+from lesson.tables import cells_of, values_of
 from training.errors import run_main
 from training.scripts import parser_for, zero_or_more
 
@@ -63,11 +63,7 @@ def table(figures):
     lines = ["| D_1's weight | | " + " | ".join(COLUMNS) + " |", "|---" * 7 + "|"]
     for weight, of_weight in figures.items():
         for label, of_case in of_weight.items():
-            cells = []
-            for column in COLUMNS:
-                digits = 0 if column == "seconds" else 3
-                cells.append(cell(of_case[column], digits) if of_case[column] else "")
-            lines.append(f"| {weight} | {CASES[label][0]} | " + " | ".join(cells) + " |")
+            lines.append(f"| {weight} | {CASES[label][0]} | {cells_of(of_case, COLUMNS)} |")
     return "\n".join(lines)
 
 

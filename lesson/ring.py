@@ -32,6 +32,7 @@ from lesson.worlds import (WORLDS, Fourier, NetTaps, closed_form_teacher, mlp_he
 from ode import Schedule, sample
 from training.draws import Draws
 from training.errors import run_main
+from training.flag_problems import named
 from training.pictures import pyplot
 from training.scripts import a_count, folder_for, parser_for, zero_or_more
 
@@ -154,7 +155,7 @@ def parse():
     args = p.parse_args()
     if args.dt is not None:
         if min(args.dt) < 1 or max(args.dt) >= LINE.T:
-            p.error(f"--dt {' '.join(map(str, args.dt))}: must be in 1 to {LINE.T - 1}")
+            p.error(f"{named(args, 'dt')}: must be in 1 to {LINE.T - 1}")
     return args
 
 

@@ -66,14 +66,22 @@ def cell(values, digits):
     return f"{values[0]:.{digits}f}"
 
 
+def cells_of(figures, columns):
+    """The cells of one row in Markdown, empty where it has no figures."""
+    cells = []
+    for column in columns:
+        digits = 0 if column == "seconds" else 3
+        cells.append(cell(figures[column], digits) if figures[column] else "")
+    return " | ".join(cells)
+
+
 def table(figures):
     """The table in Markdown: mean over seeds ± standard deviation."""
     lines = ["| row | | " + " | ".join(COLUMNS) + " | paper, HPSv2 |", "|---" * 8 + "|"]
     for name, of_row in figures.items():
         row = ROWS.get(name, TEACHER)
-        cells = [cell(of_row[column], 0 if column == "seconds" else 3) for column in COLUMNS]
         paper = f"{row.paper:.2f}" if row.paper else ""
-        lines.append(f"| {name} | {row.what} | " + " | ".join(cells) + f" | {paper} |")
+        lines.append(f"| {name} | {row.what} | {cells_of(of_row, COLUMNS)} | {paper} |")
     return "\n".join(lines)
 
 

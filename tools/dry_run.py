@@ -149,8 +149,8 @@ class Costs(NamedTuple):
         return self.held + self.gathered + self.activations
 
 
-def costs(args, pipe, family, latent, ranks):
-    units = units_of(family.net_of(pipe))                   # Wan 2.2 has two networks
+def costs(args, pipe, units, family, latent, ranks):
+    """units: the networks that the teacher consists of; Wan 2.2 has two."""
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     net = units[-1]
     constant = tensors_to("meta", family.constant(pipe, latent))
@@ -270,8 +270,9 @@ def report(args, pipe, family):
     pipe: the pipeline, all of its weights on the meta device. family: its Family.
     """
     ranks = args.dry_run
-    latent = latent_of(family, pipe, family.net_of(pipe), args)
-    found = costs(args, pipe, family, latent, ranks)
+    net = family.net_of(pipe)
+    latent = latent_of(family, pipe, net, args)
+    found = costs(args, pipe, units_of(net), family, latent, ranks)
     shape = " x ".join(map(str, latent.shape))
     plural = "s" if ranks > 1 else ""
     tell(f"{args.model}: {shape} latents, {latent.height} x {latent.width} pixels, "

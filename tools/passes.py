@@ -61,6 +61,7 @@ def passes(generator, fake_score, real_score, discriminator, x, t, cond, uncond=
     share is in neither; no optimizer and no noise.
     """
     taps, heads = discriminator
+    both_prompts = None if uncond is None else join_batches(uncond, cond)
 
     def output(net, x):
         return net(x, timestep=t, **cond, return_dict=False)[0]
@@ -81,10 +82,9 @@ def passes(generator, fake_score, real_score, discriminator, x, t, cond, uncond=
 
     @torch.no_grad()
     def real_score_says():
-        if uncond is None:
+        if both_prompts is None:
             output(real_score, x)
             return
-        both_prompts = join_batches(uncond, cond)
         real_score(torch.cat([x, x]), timestep=torch.cat([t, t]), **both_prompts, return_dict=False)
 
     def input_gradient_of_taps():
